@@ -1,0 +1,174 @@
+"""Batches of normalised crops: a pure function of seed, epoch and step, wherever the crops live."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from queue import Empty, Full, Queue
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from imgshared.data.augment import Augment
+from imgshared.data.normalise import Normaliser
+from imgshared.data.store import CellStore
+from imgshared.types import Batch
+
+AHEAD = 4  # batches read ahead of need
+Residency = Literal["device", "memory", "stream"]
+
+
+def mix(*numbers: int) -> int:
+    """Hash integers to a seed: neighbouring (seed, epoch, step, rank) give unrelated random streams."""
+    return int(np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
+
+
+@dataclass
+class Feed:
+    """The cells of one part of a split, ready to be drawn.
+
+    Parameters
+    ----------
+    store, cells, channels
+        The crops: rows of the store and the channels of the model's panel.
+    normaliser
+        Of those channels.
+    device
+        Where batches go.
+    residency
+        "device": raw crops on the device; "memory": in host memory; "stream": read from Zarr ahead of need.
+    batch_size
+        Cells a step over all ranks together; a rank draws its share.
+    """
+
+    store: CellStore
+    cells: NDArray[np.integer[Any]]
+    channels: Sequence[int]
+    normaliser: Normaliser
+    device: torch.device
+    residency: Residency
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        self.measured = torch.from_numpy(self.store.measured[np.ix_(self.cells, list(self.channels))])
+        self._crops: Tensor | None = None
+        if self.residency != "stream":
+            self._crops = self._read(self.cells)
+            if self.residency == "device":
+                self._crops, self.measured = self._crops.to(self.device), self.measured.to(self.device)
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    @property
+    def steps(self) -> int:
+        """Steps an epoch; a last part of a batch waits for the next epoch's shuffle."""
+        return max(1, len(self.cells) // self.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0, augment: Augment | None = None) -> Iterator[Batch]:
+        """Yield this rank's batches of an epoch from step `start` on."""
+        order = torch.randperm(len(self.cells), generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
+
+        def rows(step: int) -> Tensor:
+            return order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
+
+        geometry = augment.geometry if augment else None
+        work = ((rows(step), geometry, mix(self.seed, epoch, step, self.rank)) for step in range(start, self.steps))
+        for step, batch in enumerate(self._batches(work), start):
+            yield augment.intensity(batch, mix(self.seed, epoch, step, self.rank, 1)) if augment else batch
+
+    def once(self, batch_size: int) -> Iterator[Batch]:
+        """Yield every cell once, in order, in this rank's share of the batches."""
+        parts = torch.arange(len(self.cells)).split(batch_size)[self.rank :: self.world]
+        yield from self._batches((rows, None, 0) for rows in parts)
+
+    def _batches(self, work: Iterator[tuple[Tensor, Any, int]]) -> Iterator[Batch]:
+        if self.residency == "device":
+            yield from (self._finish(*self._gather(*item)) for item in work)
+        else:
+            yield from (self._finish(*raw) for raw in read_ahead(work, lambda item: self._gather(*item)))
+
+    def _gather(self, rows: Tensor, geometry: Any, seed: int) -> tuple[Tensor, Tensor]:
+        if self._crops is None:
+            raw = self._read(self.cells[rows.numpy()])
+        else:
+            raw = self._crops[rows.to(self._crops.device)]
+        return rows, geometry(raw, seed) if geometry else raw
+
+    def _finish(self, rows: Tensor, raw: Tensor) -> Batch:
+        measured = self.measured[rows.to(self.measured.device)].to(self.device)
+        images = self.normaliser.forward(raw.to(self.device, non_blocking=True)) * measured[..., None, None]
+        return Batch(rows.to(self.device), images.contiguous(memory_format=torch.channels_last), measured)
+
+    def _read(self, cells: NDArray[np.integer[Any]]) -> Tensor:
+        crops = self.store.images(cells)[:, list(self.channels)]
+        if crops.dtype == np.uint16 and self.residency == "device":
+            crops = crops.astype(np.int32)  # torch indexes uint16 on the CPU alone
+        return torch.from_numpy(np.ascontiguousarray(crops))
+
+
+def choose_residency(
+    wish: Literal["auto", "device", "memory", "stream"], store: CellStore, cells: int, channels: int, device: torch.device
+) -> Residency:
+    """Return where the crops live: on the device or in memory where they take less than half of what is free there."""
+    if wish != "auto":
+        return wish
+    bytes_ = cells * channels * store.crop_px**2 * max(store.dtype.itemsize, 1)
+    if device.type == "cuda" and 2 * bytes_ < torch.cuda.mem_get_info(device)[0] // 2:
+        return "device"
+    return "memory" if bytes_ < _free_memory() // 2 else "stream"
+
+
+def _free_memory() -> int:
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4 * 2**30  # no such file outside Linux
+
+
+def read_ahead(work: Iterator[Any], read: Callable[[Any], Any]) -> Iterator[Any]:
+    """Yield ``read(item)`` for each item, computed in a thread a few items ahead; its errors are raised here."""
+    queue: Queue[tuple[str, Any]] = Queue(maxsize=AHEAD)
+    stop = threading.Event()
+
+    def put(kind: str, value: Any) -> None:
+        while not stop.is_set():
+            try:
+                return queue.put((kind, value), timeout=0.1)
+            except Full:
+                continue
+
+    def run() -> None:
+        try:
+            for item in work:
+                if stop.is_set():
+                    return
+                put("item", read(item))
+            put("end", None)
+        except BaseException as error:
+            put("error", error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while True:
+            try:
+                kind, value = queue.get(timeout=0.1)
+            except Empty:
+                continue
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stop.set()
+        thread.join()

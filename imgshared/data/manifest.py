@@ -1,0 +1,270 @@
+"""The tables a user writes: the manifest, a row an image, and the optional table of cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from imgshared.data.panel import nearest
+from imgshared.data.readers import stem
+from imgshared.types import InputError
+
+IMAGE_COLUMNS = ("image", "image_path", "file", "path", "filename", "file_name", "Metadata_Image", "Metadata_FileName")
+MASK_COLUMNS = ("mask", "mask_path", "segmentation", "labels_path", "Metadata_Mask")
+GROUP_COLUMNS = ("group", "donor", "patient", "slide", "well", "Metadata_Group", "Metadata_Donor", "Metadata_Patient",
+                 "Metadata_Slide", "Metadata_Well")  # fmt: skip
+PLATE_COLUMNS = ("plate", "Metadata_Plate")
+CELL_IMAGE_COLUMNS = (*IMAGE_COLUMNS, "image_id", "roi", "fov", "field")
+CELL_LABEL_COLUMNS = ("label", "cell_label", "cell", "cell_id", "object", "ObjectNumber", "Metadata_ObjectNumber")
+FILE, FOLDER = "FileName_", "PathName_"  # CellProfiler's and Cell Painting's: one file a channel, a column each
+RESERVED = ("cell_id", "image", "group", "label", "centroid_y_px", "centroid_x_px", "area_px")  # obs columns of prepare
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """One image of a manifest.
+
+    Parameters
+    ----------
+    image
+        Its id: the file name without extension where that is unique, otherwise the path as written.
+    written
+        The path as the manifest writes it.
+    path
+        The file or folder.
+    files
+        (channel, file) for each, where the manifest has `FileName_<channel>` columns.
+    mask
+        Its label mask, None to segment.
+    group
+        The unit that is never split.
+    channels
+        What the manifest says the image holds; empty where it says nothing.
+    """
+
+    image: str
+    written: str
+    path: Path
+    files: tuple[tuple[str, Path], ...]
+    mask: Path | None
+    group: str
+    channels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A read manifest: its rows, and the label columns (a table with one row an image, indexed by image id)."""
+
+    path: Path
+    rows: tuple[ManifestRow, ...]
+    labels: pd.DataFrame
+    group_column: str | None
+
+
+def read_manifest(
+    path: Path,
+    *,
+    image_column: str | None = None,
+    mask_column: str | None = None,
+    group_column: str | None = None,
+) -> Manifest:
+    """Read a CSV or Parquet manifest; paths in it are relative to its folder.
+
+    Columns are found by their usual names unless given. Where the group is a well and there is a plate column, the
+    group is plate and well together. Without any group column each image is its own group.
+
+    Raises
+    ------
+    InputError
+        Where the manifest or a file it names is missing, a column is missing, it is empty, or an image occurs twice.
+    """
+    table, text = _read_table(path)
+    mask_column = _find_column(path, table, "mask", mask_column, MASK_COLUMNS)
+    found_group = _find_column(path, table, "group", group_column, GROUP_COLUMNS)
+    per_channel = [c for c in table.columns if c.startswith(FILE)]
+    image_name = _find_column(path, table, "image", image_column, IMAGE_COLUMNS, required=not per_channel)
+    if image_name is None or image_name in per_channel:
+        written, files = text[per_channel[0]], _channel_files(path, text, per_channel)
+    else:
+        written, files = text[image_name], [()] * len(table)
+    _check_filled(path, written)
+    groups = _groups(path, table, text, found_group, combine=group_column is None)
+    images = _image_ids(path, list(written))
+    rows = tuple(
+        ManifestRow(
+            image=images[i],
+            written=written.iloc[i],
+            path=files[i][0][1] if files[i] else path.parent / written.iloc[i],
+            files=files[i],
+            mask=_optional_path(path, text[mask_column].iloc[i]) if mask_column else None,
+            group=groups[i] if groups else images[i],
+            channels=_names(text["channels"].iloc[i]) if "channels" in text else (),
+        )
+        for i in range(len(table))
+    )
+    _check_files(path, rows)
+    used = {image_name, mask_column, "channels", *per_channel, *(c for c in table.columns if c.startswith(FOLDER))}
+    used |= {found_group} if found_group == "group" else set()  # a column 'well' stays a label too
+    labels = table[[c for c in table.columns if c not in used]].copy()
+    labels.index = pd.Index(images, name="image")
+    clash = [c for c in labels.columns if c in RESERVED]
+    if clash:
+        raise InputError(f"{path}: imgshared writes {', '.join(clash)} itself: rename the column(s)")
+    return Manifest(path, rows, labels, found_group)
+
+
+@dataclass(frozen=True)
+class CellTable:
+    """Columns to join to cells by image and label.
+
+    Parameters
+    ----------
+    columns
+        One row a cell, indexed by (image id, label).
+    unmatched
+        Rows whose image is not in the manifest.
+    """
+
+    columns: pd.DataFrame
+    unmatched: int
+
+    def join(self, image: str, labels: NDArray[np.integer[Any]]) -> tuple[pd.DataFrame, NDArray[np.bool_]]:
+        """Return one row for each label (missing values where the table has none) and which labels it has."""
+        keys = pd.MultiIndex.from_arrays([[image] * len(labels), labels], names=self.columns.index.names)
+        return self.columns.reindex(keys).reset_index(drop=True), np.asarray(keys.isin(self.columns.index))
+
+
+def read_cells(
+    path: Path, rows: Sequence[ManifestRow], *, image_column: str | None = None, label_column: str | None = None
+) -> CellTable:
+    """Read a table of cells; its images are the manifest's, as written there, by file name, or without extension.
+
+    Raises
+    ------
+    InputError
+        Where the table or a column is missing, a cell occurs twice, or no image is one of the manifest's.
+    """
+    table, text = _read_table(path)
+    image_column = _find_column(path, table, "image", image_column, CELL_IMAGE_COLUMNS, required=True)
+    label_column = _find_column(path, table, "label", label_column, CELL_LABEL_COLUMNS, required=True)
+    known: dict[str, str] = {}
+    for key in (stem, lambda written: Path(written).name, str):  # the last wins: as written
+        known.update({key(row.written): row.image for row in rows})
+    known.update({row.image: row.image for row in rows})
+    images = text[image_column].map(known)
+    if images.isna().all():
+        there, here = text[image_column].iloc[0], rows[0].written
+        raise InputError(f"{path}: no {image_column!r} is an image of the manifest: {there!r} here, {here!r} there")
+    labels = pd.to_numeric(table[label_column], errors="coerce")
+    if labels.isna().any() or (labels % 1 != 0).any():
+        raise InputError(f"{path}: column {label_column!r} must hold the integer labels of the masks")
+    kept = images.notna()
+    columns = table.loc[kept, [c for c in table.columns if c not in (image_column, label_column)]]
+    columns.index = pd.MultiIndex.from_arrays([images[kept], labels[kept].astype(np.int64)], names=["image", "label"])
+    if columns.index.has_duplicates:
+        image, label = columns.index[columns.index.duplicated()][0]
+        raise InputError(f"{path}: cell {label} of image {image!r} has more than one row")
+    clash = [c for c in columns.columns if c in RESERVED]
+    if clash:
+        raise InputError(f"{path}: imgshared writes {', '.join(clash)} itself: rename the column(s)")
+    return CellTable(columns, int((~kept).sum()))
+
+
+def _read_table(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the table twice: with inferred types, and all as written (a well '01' is no number)."""
+    if not path.is_file():
+        raise InputError(f"no table at {path}")
+    try:
+        if path.suffix.lower() in (".parquet", ".pq"):
+            table = pd.read_parquet(path)
+            text = table.astype("string").astype(object)
+        else:
+            separator = "\t" if path.suffix.lower() in (".tsv", ".txt") else ","
+            table = pd.read_csv(path, sep=separator, low_memory=False)
+            text = pd.read_csv(path, sep=separator, dtype=str)
+    except pd.errors.EmptyDataError:
+        raise InputError(f"{path} is empty") from None
+    except (ValueError, OSError, pd.errors.ParserError) as error:
+        raise InputError(f"{path} is neither CSV nor Parquet: {error}") from error
+    if table.empty:
+        raise InputError(f"{path} holds no rows")
+    table.columns = text.columns = [str(c).strip() for c in table.columns]
+    return table.reset_index(drop=True), text.reset_index(drop=True)
+
+
+def _find_column(
+    path: Path, table: pd.DataFrame, what: str, given: str | None, usual: Sequence[str], *, required: bool = False
+) -> str | None:
+    """Return the column given, or the first usual one (without regard to case)."""
+    there = ", ".join(map(str, table.columns))
+    if given is not None:
+        if given not in table.columns:
+            raise InputError(f"{path} has no column {given!r}.{nearest(given, table.columns)} It has: {there}")
+        return given
+    lower = {str(c).lower(): str(c) for c in reversed(table.columns)}
+    found = next((lower[name.lower()] for name in usual if name.lower() in lower), None)
+    if found is None and required:
+        raise InputError(f"{path} has no {what} column ({', '.join(usual[:4])}, ...). It has: {there}. Name yours with "
+                         f"{what}_column")  # fmt: skip
+    return found
+
+
+def _groups(path: Path, table: pd.DataFrame, text: pd.DataFrame, column: str | None, *, combine: bool) -> list[str]:
+    if column is None:
+        return []
+    _check_filled(path, text[column])
+    groups = text[column].str.strip()
+    plate = _find_column(path, table, "plate", None, PLATE_COLUMNS)
+    if combine and plate is not None and column.lower().endswith("well"):  # A01 of two plates is two wells
+        groups = text[plate].fillna("").str.strip() + "_" + groups
+    return list(groups)
+
+
+def _image_ids(path: Path, written: Sequence[str]) -> list[str]:
+    resolved = pd.Series([str((path.parent / w).resolve()) for w in written])
+    twice = [written[i] for i in np.flatnonzero(resolved.duplicated())]
+    if twice:
+        raise InputError(f"{path}: {len(twice)} image(s) occur in more than one row: {', '.join(twice[:3])}")
+    stems = pd.Series([stem(w) for w in written])
+    unique = ~stems.duplicated(keep=False)
+    return [s if alone else w for s, w, alone in zip(stems, written, unique, strict=True)]
+
+
+def _channel_files(path: Path, text: pd.DataFrame, columns: Sequence[str]) -> list[tuple[tuple[str, Path], ...]]:
+    rows = []
+    for _, row in text.iterrows():
+        files = []
+        for column in columns:
+            channel = column[len(FILE) :]
+            name, folder = row[column], row.get(FOLDER + channel)
+            if isinstance(name, str) and name:
+                files.append((channel, path.parent / (folder if isinstance(folder, str) else "") / name))
+        rows.append(tuple(files))
+    return rows
+
+
+def _names(cell: object) -> tuple[str, ...]:
+    return tuple(n.strip() for n in cell.split(";") if n.strip()) if isinstance(cell, str) else ()
+
+
+def _optional_path(path: Path, cell: object) -> Path | None:
+    return path.parent / cell if isinstance(cell, str) and cell.strip() else None
+
+
+def _check_filled(path: Path, column: pd.Series[str]) -> None:
+    if column.isna().any():
+        raise InputError(f"{path}: row {int(np.argmax(column.isna())) + 1} has no {column.name!r}")
+
+
+def _check_files(path: Path, rows: Sequence[ManifestRow]) -> None:
+    wanted = [p for row in rows for p in (row.path, *(f for _, f in row.files), row.mask) if p is not None]
+    missing = list(dict.fromkeys(p for p in wanted if not p.exists()))
+    if missing:
+        shown = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
+        raise InputError(f"{path} names {len(missing)} file(s) that do not exist: {shown}")

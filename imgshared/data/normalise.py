@@ -1,0 +1,110 @@
+"""Raw intensities to about [0, 1] and back, one affine map of a monotone transform a marker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from imgshared.data.store import CellStore
+from imgshared.types import InputError
+
+FIT_CELLS = 2000  # cells a marker from which the percentiles are taken
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """Per-marker ``(f(raw) - low) / (high - low)`` with f linear, square root or arcsinh(raw / cofactor).
+
+    Nothing is clipped, so the map is invertible; `high` is a percentile, so a few pixels exceed 1.
+
+    Parameters
+    ----------
+    transform, cofactor
+        f and its only parameter (arcsinh's).
+    low, high
+        One value a channel, in transformed units.
+    """
+
+    transform: Literal["linear", "sqrt", "arcsinh"]
+    cofactor: float
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """Normalise (..., C, Y, X) raw intensities, float32 out."""
+        x = raw.to(torch.float32)
+        if self.transform == "sqrt":
+            x = x.clamp(min=0).sqrt()
+        elif self.transform == "arcsinh":
+            x = torch.asinh(x / self.cofactor)
+        low, high = self._bounds(x)
+        return (x - low) / (high - low)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Return (..., C, Y, X) raw intensities from normalised ones, float32, not rounded."""
+        low, high = self._bounds(x)
+        x = x.to(torch.float32) * (high - low) + low
+        if self.transform == "sqrt":
+            return x.clamp(min=0).square()
+        return torch.sinh(x) * self.cofactor if self.transform == "arcsinh" else x
+
+    def _bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = (torch.tensor(v, dtype=torch.float32, device=x.device)[:, None, None] for v in (self.low, self.high))
+        return low, high
+
+    def select(self, channels: Sequence[int]) -> Normaliser:
+        """Return the normaliser of some channels."""
+        low, high = (tuple(v[c] for c in channels) for v in (self.low, self.high))
+        return Normaliser(self.transform, self.cofactor, low, high)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for a checkpoint."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Normaliser:
+        """Read back what `to_dict` wrote."""
+        return Normaliser(data["transform"], data["cofactor"], tuple(data["low"]), tuple(data["high"]))
+
+
+def fit_normaliser(
+    store: CellStore,
+    cells: NDArray[np.integer[Any]],
+    channels: Sequence[int],
+    *,
+    transform: Literal["linear", "sqrt", "arcsinh"] = "linear",
+    cofactor: float = 5.0,
+    low: float = 0.1,
+    high: float = 99.9,
+    seed: int = 0,
+) -> Normaliser:
+    """Fit on the pixels of the given (training) cells; at most 2000 cells a marker are read.
+
+    Raises
+    ------
+    InputError
+        Where a marker is measured in none of the cells or is constant in them; the message names it.
+    """
+    rng = np.random.default_rng(seed)
+    bounds = []
+    for channel in channels:
+        marker = store.panel.markers[channel]
+        stained = cells[store.measured[cells, channel]]
+        if not len(stained):
+            raise InputError(f"marker {marker!r} is measured in no training cell: leave it out (markers=...) or change the split")
+        chosen = np.sort(rng.choice(stained, min(len(stained), FIT_CELLS), replace=False))
+        raw = torch.from_numpy(store.images(chosen)[:, channel].astype(np.float32))
+        x = Normaliser(transform, cofactor, (0.0,), (1.0,)).forward(raw[:, None]).numpy()
+        bottom, top = np.percentile(x, [low, high])
+        if not top > bottom:
+            top = x.max()  # sparse counts: the percentile itself may be background
+        if not top > bottom:
+            raise InputError(f"marker {marker!r} is constant over the training cells: leave it out (markers=...)")
+        bounds.append((float(bottom), float(top)))
+    return Normaliser(transform, cofactor, tuple(b for b, _ in bounds), tuple(t for _, t in bounds))

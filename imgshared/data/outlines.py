@@ -1,0 +1,68 @@
+"""The picture by which a user judges the segmentation: outlines on the chromatin channel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+KEPT, DROPPED = (86, 180, 233), (230, 159, 0)  # sky blue and orange of Okabe & Ito: told apart by colour-blind eyes too
+SIDE_PX = (900, 2400)  # the picture's longer side lies between these where whole zooms allow
+BAR_UM = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+
+
+def draw_outlines(
+    path: Path,
+    chromatin: NDArray[Any],
+    mask: NDArray[np.int32],
+    kept: NDArray[np.integer[Any]],
+    *,
+    title: str,
+    pixel_size_um: float | None,
+) -> None:
+    """Write a PNG of the contrast-stretched chromatin with the outlines of kept and dropped cells.
+
+    Parameters
+    ----------
+    chromatin, mask
+        (Y, X) intensities and labels.
+    kept
+        The labels that became crops; the others count as dropped.
+    """
+    zoom = max(1, round(SIDE_PX[0] / max(mask.shape)))
+    shrink = -(-max(mask.shape) // SIDE_PX[1])
+    grey, labels = chromatin[::shrink, ::shrink], mask[::shrink, ::shrink]
+    low, high = np.percentile(grey, (1, 99.7))
+    grey = np.clip((grey.astype(np.float32) - low) / max(high - low, 1e-6), 0, 1) ** 0.7 * 255
+    grey, labels = (a.repeat(zoom, 0).repeat(zoom, 1) for a in (grey.astype(np.uint8), labels))
+    edge = np.zeros(labels.shape, bool)  # a cell's pixels that border on another label
+    edge[:-1] |= labels[:-1] != labels[1:]
+    edge[1:] |= labels[1:] != labels[:-1]
+    edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    edge &= labels > 0
+    is_kept = np.zeros(int(mask.max(initial=0)) + 1, bool)
+    is_kept[kept] = True
+    picture = np.repeat(grey[..., None], 3, axis=2)
+    picture[edge] = np.where(is_kept[labels[edge]][:, None], KEPT, DROPPED)
+    _annotate(picture, title, pixel_size_um, zoom / shrink).save(path, compress_level=1)
+
+
+def _annotate(picture: NDArray[np.uint8], title: str, pixel_size_um: float | None, zoom: float) -> Image.Image:
+    """Put the title above and a scale bar below; the bar is in pixels where micrometres are unknown."""
+    height, width = picture.shape[:2]
+    image = Image.new("RGB", (width, height + 72), "white")
+    image.paste(Image.fromarray(picture), (0, 36))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=18)
+    draw.text((8, 7), title, "black", font)
+    length = next((b for b in reversed(BAR_UM) if b / (pixel_size_um or 1) * zoom < width / 4), BAR_UM[0])
+    y, end = height + 54, 8 + length / (pixel_size_um or 1) * zoom
+    draw.rectangle((8, y - 3, end, y + 3), "black")
+    draw.text((end + 8, y - 11), f"{length} {'µm' if pixel_size_um else 'px'}", "black", font)
+    for x, colour, word in ((width - 190, KEPT, "kept"), (width - 95, DROPPED, "dropped")):
+        draw.rectangle((x, y - 6, x + 12, y + 6), colour)
+        draw.text((x + 18, y - 11), word, "black", font)
+    return image

@@ -1,0 +1,91 @@
+"""A panel: the ordered markers of a store or a model, one of them the chromatin stain."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from imgshared.types import InputError
+
+CHROMATIN_NAMES = ("dna", "dapi", "hoechst", "hoechst33342", "draq5", "draq", "chromatin", "dna1", "h3")
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """Name the closest candidate for an error message, e.g. ``" Did you mean 'DNA'?"``; empty where none is close."""
+    by_lower = {c.lower(): c for c in candidates}
+    close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.5)
+    return f" Did you mean {by_lower[close[0]]!r}?" if close else ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Ordered markers.
+
+    Parameters
+    ----------
+    markers
+        Marker names; the position is the channel index.
+    chromatin
+        The marker that stains chromatin.
+    aliases
+        Other names by which a marker is found, e.g. ``{"LaminB1": ("LMNB1",)}``.
+
+    Raises
+    ------
+    InputError
+        Where two markers answer to one name, or the chromatin marker is not among the markers.
+    """
+
+    markers: tuple[str, ...]
+    chromatin: str
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        seen: dict[str, str] = {}
+        for marker in self.markers:
+            for name in {marker.lower(), *(a.lower() for a in self.aliases.get(marker, ()))}:
+                if name in seen:
+                    raise InputError(f"markers {seen[name]!r} and {marker!r} both answer to the name {name!r}: rename one")
+                seen[name] = marker
+        if self.chromatin not in self.markers:
+            raise InputError(
+                f"chromatin marker {self.chromatin!r} is not among the markers {', '.join(self.markers)}."
+                f"{nearest(self.chromatin, self.markers)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.markers)
+
+    @property
+    def chromatin_index(self) -> int:
+        """Channel of the chromatin stain."""
+        return self.markers.index(self.chromatin)
+
+    @property
+    def proteins(self) -> tuple[str, ...]:
+        """Every marker but chromatin, in order."""
+        return tuple(m for m in self.markers if m != self.chromatin)
+
+    def index(self, name: str) -> int:
+        """Return the channel of a marker found by name or alias, without regard to case.
+
+        Raises
+        ------
+        InputError
+            Where no marker answers to the name; the message gives the nearest one.
+        """
+        wanted = name.lower()
+        for channel, marker in enumerate(self.markers):
+            if wanted == marker.lower() or wanted in (a.lower() for a in self.aliases.get(marker, ())):
+                return channel
+        raise InputError(f"no marker {name!r} in the panel {', '.join(self.markers)}.{nearest(name, self.markers)}")
+
+    def indices(self, names: Sequence[str]) -> list[int]:
+        """Return the channels of several markers."""
+        return [self.index(name) for name in names]
+
+
+def guess_chromatin(markers: Sequence[str]) -> str | None:
+    """Return the first marker whose name is a usual one for a chromatin stain, or None."""
+    return next((m for m in markers if m.lower().replace(" ", "").replace("-", "") in CHROMATIN_NAMES), None)

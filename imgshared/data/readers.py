@@ -1,0 +1,334 @@
+"""Open microscope images by their headers, read the pixels later: TIFF, OME-TIFF, and one file a channel.
+
+Axes of everything that is read are `CYX`. Only unsigned 8 and 16 bit and 32-bit float are taken: these hold raw
+intensities, and nothing is rescaled silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from imgshared.types import InputError
+
+DTYPES = ("uint8", "uint16", "float32")
+TIFF_SUFFIXES, PILLOW_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8"), (".png",)
+SUFFIXES = (".ome.tiff", ".ome.tif", ".ome.btf", *TIFF_SUFFIXES, *PILLOW_SUFFIXES)
+MICROMETRES = {"m": 1e6, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "nm": 1e-3, "pm": 1e-6}
+_PLACEHOLDER = re.compile(r"(channel|chan|ch|c)?[\s:_-]*\d+(:\d+)*", re.IGNORECASE)  # what writers put for "no name"
+_BROKEN = (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, struct.error, tifffile.TiffFileError)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image known by its header.
+
+    Parameters
+    ----------
+    path
+        The file, or the folder of single-channel files.
+    channels
+        Channel names in the file's order; empty where the file does not tell them.
+    shape
+        (C, Y, X).
+    dtype
+        Of the pixels.
+    pixel_size_um
+        Micrometres a pixel, None where the file does not say.
+    files
+        One file a channel; empty where `path` is one file that holds all channels.
+    """
+
+    path: Path
+    channels: tuple[str, ...]
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+    pixel_size_um: float | None = None
+    files: tuple[Path, ...] = ()
+
+    def read(self, channels: Sequence[str] | None = None) -> NDArray[Any]:
+        """Read the named channels, all where None: (C, Y, X) in the file's dtype.
+
+        Raises
+        ------
+        InputError
+            Where the file is damaged, or float pixels are NaN, infinite or negative.
+        """
+        names = list(self.channels if channels is None else channels)
+        indices = [self.channels.index(name) for name in names]
+        if self.files:
+            pixels = np.stack([_read_planes(self.files[i], [0])[0] for i in indices])
+        else:
+            pixels = _read_planes(self.path, indices)
+        if self.dtype.kind == "f":
+            for name, plane in zip(names, pixels, strict=True):
+                self._check_float(name, plane)
+        return pixels
+
+    def _check_float(self, name: str, plane: NDArray[Any]) -> None:
+        bad = int(np.count_nonzero(~np.isfinite(plane)))
+        if bad:
+            raise InputError(f"{self.path}: channel {name!r} holds {bad} NaN or infinite pixels: repair or leave out")
+        if plane.min() < 0:
+            raise InputError(
+                f"{self.path}: channel {name!r} holds negative pixels (least {plane.min():g}): "
+                "intensities must be raw, or shifted to start at 0"
+            )
+
+
+def open_image(path: Path, *, names: Sequence[str] = (), pattern: str | None = None) -> ImageFile:
+    """Open an image by its header.
+
+    Parameters
+    ----------
+    path
+        A TIFF, OME-TIFF or PNG file, or a folder of single-channel files.
+    names
+        Channel names in file order, where the file itself does not tell them.
+    pattern
+        How a folder's files are named, e.g. ``"{channel}.tif"`` or ``"*_{channel}.png"``.
+
+    Raises
+    ------
+    InputError
+        Names the file: damaged or no image, wrong dtype or axes, channel names duplicate, missing or too many.
+    """
+    if path.is_dir():
+        return open_channels(path, _match_folder(path, pattern))
+    image = _open_file(path)
+    _check_dtype(path, image.dtype)
+    count = image.shape[0]
+    if not image.channels:
+        if not names:
+            raise InputError(
+                f"{path} does not name its {count} channel(s): give the names in file order, in a manifest column "
+                "'channels' (DNA;LaminB1) or with channels=[...]"
+            )
+        if len(names) != count:
+            raise InputError(f"{path} holds {count} channel(s), but {len(names)} are named: {', '.join(names)}")
+        image = replace(image, channels=tuple(names))
+    _check_duplicates(path, image.channels)
+    return image
+
+
+def open_channels(path: Path, files: Sequence[tuple[str, Path]]) -> ImageFile:
+    """Open an image that lies in one file a channel, given as (channel name, file)."""
+    _check_duplicates(path, [name for name, _ in files])
+    opened = [_open_file(file) for _, file in files]
+    first = opened[0]
+    for image in opened:
+        _check_dtype(image.path, image.dtype)
+        if image.shape[0] != 1:
+            raise InputError(f"{image.path} should hold one channel, but holds {image.shape[0]}")
+        if image.shape != first.shape:
+            raise InputError(
+                f"{image.path} is {_size(image)} pixels, but {first.path.name} is {_size(first)}: "
+                "the channels of an image must have one size"
+            )
+        if image.dtype != first.dtype:
+            raise InputError(f"{image.path} is {image.dtype}, {first.path.name} is {first.dtype}: convert to one dtype")
+    size = next((i.pixel_size_um for i in opened if i.pixel_size_um), None)
+    names = tuple(name for name, _ in files)
+    return ImageFile(path, names, (len(files), *first.shape[1:]), first.dtype, size, tuple(i.path for i in opened))
+
+
+def open_mask(path: Path) -> ImageFile:
+    """Open a label mask by its header; `shape` is (1, Y, X)."""
+    mask = _open_file(path)
+    if mask.shape[0] != 1 or mask.dtype.kind not in "biu":
+        raise InputError(
+            f"{path} is no label mask: it holds {mask.shape[0]} plane(s) of {mask.dtype}, not one plane of integers"
+        )
+    return mask
+
+
+def read_mask(path: Path) -> NDArray[np.integer[Any]]:
+    """Read a label mask: (Y, X) integers, 0 = background."""
+    mask = _read_planes(path, [0])[0]
+    if mask.dtype.kind == "b":
+        mask = mask.astype(np.uint8)
+    if mask.dtype.kind == "i" and mask.min() < 0:
+        raise InputError(f"{path} holds negative labels: background must be 0 and cells 1, 2, ...")
+    return mask
+
+
+def stem(name: str) -> str:
+    """Return a file's name without its folder and image extension."""
+    base = Path(name.replace("\\", "/")).name
+    return next((base[: -len(s)] for s in SUFFIXES if base.lower().endswith(s) and len(base) > len(s)), base)
+
+
+def _match_folder(folder: Path, pattern: str | None) -> list[tuple[str, Path]]:
+    if pattern is None or "{channel}" not in pattern:
+        raise InputError(f"{folder} is a folder: say how its files are named, e.g. pattern='{{channel}}.tif'")
+    parts = (re.escape(p).replace(r"\*", ".*").replace(r"\?", ".") for p in pattern.split("{channel}"))
+    regex = re.compile("(?P<channel>.+)".join(parts))  # greedy stars: "*_{channel}.png" names what follows the last _
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    found = [(m["channel"], p) for p in files if (m := regex.fullmatch(p.name))]
+    if not found:
+        seen = ", ".join(p.name for p in files[:5]) or "nothing"
+        raise InputError(f"{folder}: no file is named like {pattern!r}; it holds {seen}")
+    return found
+
+
+def _check_duplicates(path: Path, names: Sequence[str]) -> None:
+    lower = [n.lower() for n in names]
+    twice = sorted({n for n in names if lower.count(n.lower()) > 1})
+    if twice:
+        raise InputError(f"{path} has duplicate channel names: {', '.join(twice)}")
+
+
+def _check_dtype(path: Path, dtype: np.dtype[Any]) -> None:
+    if dtype.name not in DTYPES:
+        raise InputError(f"{path} has {dtype.name} pixels: convert to one of {', '.join(DTYPES)}")
+
+
+def _size(image: ImageFile) -> str:
+    return f"{image.shape[1]} x {image.shape[2]}"
+
+
+# --- one file -------------------------------------------------------------------------------------------------------
+
+
+def _open_file(path: Path) -> ImageFile:
+    if not path.exists():
+        raise InputError(f"no image at {path}")
+    suffix = path.suffix.lower()
+    if suffix in PILLOW_SUFFIXES:
+        return _open_png(path)
+    if suffix in TIFF_SUFFIXES:
+        return _open_tiff(path)
+    raise InputError(f"{path} is neither TIFF nor PNG, by its name")
+
+
+def _open_png(path: Path) -> ImageFile:
+    dtypes = {"1": "bool", "L": "uint8", "I;16": "uint16", "I": "int32"}
+    try:
+        with Image.open(path) as image:
+            mode, (x, y) = image.mode, image.size
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputError(f"{path} is damaged or no image ({error})") from error
+    if mode not in dtypes:
+        raise InputError(f"{path} is a colour picture ({mode}): save one grey-scale channel a file")
+    return ImageFile(path, (), (1, y, x), np.dtype(dtypes[mode]))
+
+
+@contextlib.contextmanager
+def _tiff(path: Path) -> Iterator[tifffile.TiffFile]:
+    """Open a TIFF; damage becomes an InputError, also damage that tifffile only logs."""
+    complaints: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: complaints.append(record.getMessage())  # type: ignore[method-assign]
+    logger = tifffile.tifffile.logger()
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            _check_whole(path, tiff)
+            if any("invalid" in c or "corrupt" in c for c in complaints):
+                raise ValueError(complaints[0])
+            yield tiff
+    except _BROKEN as error:
+        raise InputError(f"{path} is truncated, damaged or no TIFF ({error}): copy it again") from error
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+def _check_whole(path: Path, tiff: tifffile.TiffFile) -> None:
+    size = path.stat().st_size
+    for page in tiff.pages:
+        ends = [o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
+        if ends and max(ends) > size:
+            raise ValueError(f"{size} bytes, but its pixels should reach to byte {max(ends)}")
+
+
+def _open_tiff(path: Path) -> ImageFile:
+    with _tiff(path) as tiff:
+        shape, pages = _layout(path, tiff)
+        dtype = np.dtype((pages or tiff.series)[0].dtype)
+        names, size = _ome(path, tiff) if tiff.is_ome else _imagej(tiff) if tiff.is_imagej else ((), None)
+    if names and len(names) != shape[0]:
+        raise InputError(f"{path} holds {shape[0]} channel(s), but its metadata names {len(names)}: {', '.join(names)}")
+    return ImageFile(path, names, shape, dtype, size)
+
+
+def _layout(path: Path, tiff: tifffile.TiffFile) -> tuple[tuple[int, int, int], list[Any]]:
+    """Return (C, Y, X) and the page of each channel, no pages where channels do not lie one a page."""
+    series = tiff.series[0]
+    if len(tiff.series) > 1 and series.axes == "YX" and not tiff.is_ome:  # pages written one by one
+        pages = [s.pages[0] for s in tiff.series if s.axes == "YX" and s.shape == series.shape]
+        return (len(pages), *series.shape), pages
+    sizes = dict(zip(series.axes, series.shape, strict=True))
+    for axis, word in (("Z", "focal planes"), ("T", "time points")):
+        if sizes.get(axis, 1) > 1:
+            raise InputError(f"{path} holds {sizes[axis]} {word}: project or split it to one plane a channel first")
+    if sizes.get("S", 1) > 1 and series.axes.endswith("S") and series.pages[0].photometric == 2:
+        raise InputError(f"{path} is an RGB picture: save one grey-scale channel a stain")
+    stack = [n for axis, n in sizes.items() if axis not in "YX" and n > 1]
+    if len(stack) > 1 or "Y" not in sizes or "X" not in sizes:
+        raise InputError(f"{path} has axes {series.axes} {series.shape}: it should be channels, rows and columns (CYX)")
+    count = stack[0] if stack else 1
+    pages = [p for p in series.pages if p is not None]
+    return (count, sizes["Y"], sizes["X"]), pages if len(pages) == count else []
+
+
+def _read_planes(path: Path, indices: Sequence[int]) -> NDArray[Any]:
+    """Read planes of a file: (n, Y, X)."""
+    if path.suffix.lower() in PILLOW_SUFFIXES:
+        try:
+            with Image.open(path) as image:
+                return np.asarray(image)[None]
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"{path} is truncated or damaged ({error})") from error
+    with _tiff(path) as tiff:
+        (count, y, x), pages = _layout(path, tiff)
+        if pages:
+            planes = np.stack([np.squeeze(pages[i].asarray()).reshape(y, x) for i in indices])
+        else:
+            series = tiff.series[0]
+            stack = next((i for i, axis in enumerate(series.axes) if axis not in "YX" and series.shape[i] == count), 0)
+            planes = np.moveaxis(series.asarray(), stack, 0).reshape(count, y, x)[list(indices)]
+    return np.ascontiguousarray(planes.astype(planes.dtype.newbyteorder("="), copy=False))
+
+
+def _ome(path: Path, tiff: tifffile.TiffFile) -> tuple[tuple[str, ...], float | None]:
+    """Return channel names (empty where any is missing or a placeholder) and pixel size of the first image."""
+    pixels = ElementTree.fromstring(tiff.ome_metadata or "<OME/>").find(".//{*}Image/{*}Pixels")
+    if pixels is None:
+        return (), None
+    names = tuple((c.get("Name") or "").strip() for c in pixels.findall("{*}Channel"))
+    sizes = []
+    for axis in "XY":
+        value, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
+        if value is not None and unit in MICROMETRES:
+            sizes.append(float(value) * MICROMETRES[unit])
+    if len(sizes) == 2 and abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
+        raise InputError(f"{path}: pixels are not square ({sizes[0]:g} x {sizes[1]:g} µm): resample it first")
+    named = bool(names) and all(n and not _PLACEHOLDER.fullmatch(n) for n in names)
+    return (names if named else ()), (sizes[0] if sizes and sizes[0] > 0 else None)
+
+
+def _imagej(tiff: tifffile.TiffFile) -> tuple[tuple[str, ...], float | None]:
+    """Return ImageJ's slice labels where there is one a channel, and the pixel size."""
+    meta = tiff.imagej_metadata or {}
+    labels = meta.get("Labels") or []
+    labels = [labels] if isinstance(labels, str) else labels
+    names = tuple(str(n).strip() for n in labels) if len(labels) == meta.get("images", 1) else ()
+    factor = MICROMETRES.get(str(meta.get("unit", "")).replace("\\u00B5", "µ"))
+    resolution = tiff.pages.first.tags.get("XResolution")
+    if factor is None or resolution is None or not resolution.value[0]:
+        return names, None
+    return names, factor * resolution.value[1] / resolution.value[0]

@@ -1,0 +1,247 @@
+"""The cell store: an AnnData on Zarr whose `obsm` holds the cell crops, written as a stream.
+
+Layout: `obs` (cell_id, image, group, labels, centroids), `var` (the panel), `X` (mean raw intensity in the cell's mask,
+NaN where not measured), `layers["measured"]`, `obsm["spatial"]` (x, y in micrometres, or pixels where the pixel size is
+unknown), `obsm["single_cell_images"]` (N, C, Y, X) raw, `obsm["cell_masks"]` (N, Y, X). `anndata.read_zarr` opens it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import zarr
+from numpy.typing import NDArray
+
+from imgshared.data.panel import Panel
+from imgshared.types import InputError
+
+IMAGES, MASKS = "single_cell_images", "cell_masks"
+CHUNK_BYTES = 256 * 1024  # a few crops: training reads cells at random
+SHARD_CHUNKS = 64  # one file holds many chunks: few files for millions of cells
+COMPLETE = "imgshared-complete"
+
+
+class StoreWriter:
+    """Write an AnnData on Zarr as a stream: rows are appended to `obsm` arrays, the small tables come last.
+
+    Everything is written beside, into ``<path>.partial``, and renamed when it is whole: an interrupted run leaves no
+    store that looks whole. Memory holds one shard an array, whatever the number of cells.
+
+    Parameters
+    ----------
+    path
+        The store to write, a folder.
+    overwrite
+        Replace an existing store; otherwise refuse it with `InputError`.
+    """
+
+    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+        self.path, self.partial = Path(path), Path(f"{path}.partial")
+        if self.path.exists() and not overwrite:
+            raise InputError(f"{self.path} exists already: choose another name, or pass --overwrite to replace it")
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        self._root = zarr.open_group(self.partial, mode="w", zarr_format=3)
+        self._root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        for name in ("obsm", "layers", "varm", "obsp", "varp"):
+            self._root.create_group(name).attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._pending: dict[str, list[NDArray[Any]]] = {}
+        self._hash = hashlib.sha256()
+
+    def append(self, **rows: NDArray[Any]) -> None:
+        """Append rows to `obsm` arrays; the first call fixes each array's row shape and dtype."""
+        for name, block in rows.items():
+            block = np.ascontiguousarray(block)
+            if name not in self._arrays:
+                chunk = max(1, CHUNK_BYTES // max(1, block[:1].nbytes or int(np.prod(block.shape[1:])) * block.itemsize))
+                tail = block.shape[1:]
+                self._arrays[name] = self._root["obsm"].create_array(  # type: ignore[union-attr]
+                    name,
+                    shape=(0, *tail),
+                    chunks=(chunk, *tail),
+                    shards=(chunk * SHARD_CHUNKS, *tail),
+                    dtype=block.dtype,
+                )
+                self._arrays[name].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+                self._pending[name] = []
+            self._hash.update(name.encode())
+            self._hash.update(block.tobytes())
+            self._pending[name].append(block)
+            self._flush(name, whole_shards=True)
+
+    def _flush(self, name: str, *, whole_shards: bool) -> None:
+        array, blocks = self._arrays[name], self._pending[name]
+        waiting = sum(len(b) for b in blocks)
+        assert array.shards is not None
+        ready = waiting - waiting % array.shards[0] if whole_shards else waiting
+        if not ready:
+            return
+        rows = np.concatenate(blocks)
+        array.append(rows[:ready])
+        self._pending[name] = [rows[ready:]] if ready < len(rows) else []
+
+    def finish(
+        self,
+        obs: pd.DataFrame,
+        var: pd.DataFrame,
+        x: NDArray[np.floating[Any]],
+        *,
+        layers: Mapping[str, NDArray[Any]],
+        obsm: Mapping[str, NDArray[Any]],
+        info: Mapping[str, Any],
+    ) -> Path:
+        """Write the tables, mark the store whole and give it its name.
+
+        `info` is any JSON value; it lands in ``uns["imgshared"]`` together with the hash of the appended rows.
+        """
+        for name in self._arrays:
+            self._flush(name, whole_shards=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # zarr announces its future sharding default on every table
+            write = anndata.io.write_elem
+            write(self._root, "obs", obs)
+            write(self._root, "var", var)
+            write(self._root, "X", np.asarray(x, np.float32))
+            for name, layer in layers.items():
+                write(self._root["layers"], name, layer)
+            for name, small in obsm.items():
+                write(self._root["obsm"], name, small)
+            write(self._root, "uns", {"imgshared": json.dumps({**info, "data_hash": self._hash.hexdigest()})})
+        self._root.attrs[COMPLETE] = True
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.partial.rename(self.path)
+        return self.path
+
+
+class CellStore:
+    """A cell store opened for reading; crops are read only when asked for.
+
+    Attributes
+    ----------
+    path
+        Its folder.
+    obs
+        One row a cell, the index is the cell id.
+    measured
+        (N, C) bool, which markers were stained in which cell.
+    info
+        What `prepare` recorded: pixel size, crop size, intensity ranges, dropped cells, data hash.
+
+    Raises
+    ------
+    InputError
+        Where the path is no store, or one that an interrupted run left behind.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._root = _open_complete(self.path)
+        self.info: dict[str, Any] = json.loads(anndata.io.read_elem(self._root["uns"])["imgshared"])
+        self.obs: pd.DataFrame = anndata.io.read_elem(self._root["obs"])
+        self.measured: NDArray[np.bool_] = anndata.io.read_elem(self._root["layers/measured"])
+
+    def __len__(self) -> int:
+        return len(self.obs)
+
+    @cached_property
+    def panel(self) -> Panel:
+        """The markers in channel order."""
+        var: pd.DataFrame = anndata.io.read_elem(self._root["var"])
+        aliases = {str(m): tuple(a for a in str(text).split(";") if a) for m, text in var["aliases"].items()}
+        return Panel(tuple(map(str, var.index)), str(var.index[var["chromatin"].to_numpy(bool)][0]), aliases)
+
+    @property
+    def crop_px(self) -> int:
+        """Side of a crop in pixels."""
+        return int(self.info["crop_px"])
+
+    @property
+    def pixel_size_um(self) -> float | None:
+        """Micrometres a pixel, None where the images did not say."""
+        return self.info["pixel_size_um"]  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the raw crops."""
+        return np.dtype(self._array(IMAGES).dtype)
+
+    @property
+    def data_hash(self) -> str:
+        """SHA-256 of the crops, masks included."""
+        return str(self.info["data_hash"])
+
+    @property
+    def mean_intensity(self) -> NDArray[np.float32]:
+        """(N, C) mean raw intensity in each cell's mask, NaN where not measured."""
+        return np.asarray(anndata.io.read_elem(self._root["X"]), np.float32)
+
+    def images(self, cells: NDArray[np.integer[Any]] | slice = slice(None)) -> NDArray[Any]:
+        """Read crops: (n, C, Y, X) in raw intensities; zero where a marker is not measured."""
+        return self._read(IMAGES, cells)
+
+    def masks(self, cells: NDArray[np.integer[Any]] | slice = slice(None)) -> NDArray[np.bool_]:
+        """Read the mask of each crop's own cell: (n, Y, X) bool."""
+        return self._read(MASKS, cells).astype(bool)
+
+    def obsm(self, name: str, cells: NDArray[np.integer[Any]] | slice = slice(None)) -> NDArray[Any]:
+        """Read rows of any `obsm` array by name."""
+        return self._read(name, cells)
+
+    def obsm_names(self) -> list[str]:
+        """Names of the `obsm` arrays."""
+        return sorted(self._root["obsm"].array_keys())  # type: ignore[union-attr]
+
+    def anndata(self) -> anndata.AnnData:
+        """Read the whole store into memory as an AnnData."""
+        return anndata.read_zarr(self.path)
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        return self._root[f"obsm/{name}"]  # type: ignore[return-value]
+
+    def _read(self, name: str, cells: NDArray[np.integer[Any]] | slice) -> NDArray[Any]:
+        array = self._array(name)
+        if isinstance(cells, slice):
+            return np.asarray(array[cells])
+        if len(cells) == 0:
+            return np.empty((0, *array.shape[1:]), array.dtype)
+        unique, inverse = np.unique(cells, return_inverse=True)  # each chunk is read once
+        return np.asarray(array.get_orthogonal_selection((unique,)))[inverse]
+
+
+def _open_complete(path: Path) -> zarr.Group:
+    if not path.exists():
+        partial = Path(f"{path}.partial")
+        hint = f" An interrupted run left {partial}: run the command again." if partial.exists() else ""
+        raise InputError(f"no store at {path}.{hint}")
+    try:
+        root = zarr.open_group(path, mode="r")
+    except Exception as error:
+        raise InputError(f"{path} is not a Zarr store ({error})") from error
+    if root.attrs.get("encoding-type") != "anndata" or not root.attrs.get(COMPLETE):
+        raise InputError(f"{path} is not a whole cell store: the run that wrote it was interrupted, or it is something else. "
+                         "Run `imgshared prepare` again.")
+    return root
+
+
+def panel_table(panel: Panel) -> pd.DataFrame:
+    """Return the panel as an AnnData `var` table."""
+    return pd.DataFrame(
+        {
+            "chromatin": [m == panel.chromatin for m in panel.markers],
+            "aliases": [";".join(panel.aliases.get(m, ())) for m in panel.markers],
+        },
+        index=pd.Index(panel.markers, name="marker"),
+    )

@@ -1,0 +1,146 @@
+"""One pass over the cells of a part: what the tables need is kept, the pictures are not, so memory stays bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from imgshared.data.panel import Panel
+from imgshared.data.store import CellStore
+from imgshared.evaluation import fidelity
+from imgshared.evaluation.features import frame, shape_features, stain_features
+from imgshared.evaluation.floors import Floors
+from imgshared.prediction.types import PredictedCells
+
+BLOCK = 512  # cells predicted at a time
+INPUTS = ("real", "full", "shared", "predicted", "chromatin")  # what a classifier may see of a marker
+
+Predict = Callable[..., PredictedCells]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Part:
+    """The cells of one part of the split (training or test) and what was kept of them.
+
+    Parameters
+    ----------
+    cells
+        (n,) rows of the store.
+    obs
+        Their obs, in the same order.
+    measured
+        (n, C) bool.
+    features
+        (n, F) by (marker, input); the input ``chromatin`` stands under the chromatin marker and holds the nuclear
+        shape too. Zero rows where the marker is not measured.
+    crops
+        (n, Y, X) float16 by (marker, input), only where a network is to read them.
+    latents
+        (n, D) by name, e.g. ``z_s [sources]``, ``z_s [DNA]``, ``z_m [LaminB1]``; NaN where not measured.
+    fidelity
+        See `fidelity.compare`; `position` counts within this part.
+    """
+
+    cells: NDArray[np.intp]
+    obs: pd.DataFrame
+    measured: NDArray[np.bool_]
+    features: dict[tuple[str, str], NDArray[np.float32]] = field(default_factory=dict)
+    crops: dict[tuple[str, str], NDArray[np.float16]] = field(default_factory=dict)
+    latents: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    fidelity: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+
+def collect(
+    predict: Predict,
+    store: CellStore,
+    panel: Panel,
+    cells: NDArray[np.intp],
+    *,
+    fit: Floors | None = None,
+    against: Floors | None = None,
+    features: bool = False,
+    crops: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Part:
+    """Predict `cells` block by block and keep what is asked for.
+
+    Parameters
+    ----------
+    predict
+        Called with (cells, full=..., shared=...), returns `PredictedCells`.
+    fit
+        Floors that take these (training) cells in.
+    against
+        Fitted floors to compare these (test) cells with; fills `Part.fidelity`.
+    """
+    part = Part(cells, store.obs.iloc[cells], np.zeros((len(cells), len(panel)), bool))
+    tables = []
+    rebuilt = features or crops or against is not None
+    for start, block in _blocks(cells):
+        done = predict(block, full=rebuilt, shared=rebuilt)
+        rows = slice(start, start + len(block))
+        part.measured[rows] = done.measured
+        _keep_latents(part, done, rows)
+        if fit is not None:
+            fit.add(done.real, done.measured)
+        if against is not None:
+            tables.append(fidelity.compare(done, panel.markers, panel.chromatin_index, against))
+            tables[-1]["position"] += start
+        if features:
+            _keep_features(part, done, rows, panel)
+        if crops:
+            for key, images in _inputs(done, panel):
+                _rows(part.crops, key, len(cells), images.shape[1:], np.float16)[rows] = images
+        if progress:
+            progress(rows.stop, len(cells))
+    if tables:
+        part.fidelity = pd.concat(tables, ignore_index=True)
+    return part
+
+
+def _blocks(cells: NDArray[np.intp]) -> Iterator[tuple[int, NDArray[np.intp]]]:
+    for start in range(0, len(cells), BLOCK):
+        yield start, cells[start : start + BLOCK]
+
+
+def _inputs(done: PredictedCells, panel: Panel) -> Iterator[tuple[tuple[str, str], NDArray[np.float32]]]:
+    """Yield ((marker, input), (n, Y, X) images) of each marker measured in any cell of the block."""
+    yield (panel.chromatin, "chromatin"), done.real[:, panel.chromatin_index]
+    for marker in panel.proteins:
+        channel = panel.index(marker)
+        if done.measured[:, channel].any():
+            for name in INPUTS[:-1]:
+                images = done.real if name == "real" else done.images.get(name)
+                if images is not None:
+                    yield (marker, name), images[:, channel]
+
+
+def _keep_features(part: Part, done: PredictedCells, rows: slice, panel: Panel) -> None:
+    where = frame(done.masks)
+    for key, images in _inputs(done, panel):
+        values = stain_features(images, where)
+        if key[1] == "chromatin":
+            values = np.hstack([values, shape_features(done.masks)])
+        _rows(part.features, key, len(part.cells), values.shape[1:], np.float32)[rows] = values
+
+
+def _keep_latents(part: Part, done: PredictedCells, rows: slice) -> None:
+    for symbol, latents in (("z_s", done.shared), ("z_m", done.specific)):
+        for name, values in latents.items():
+            _rows(part.latents, f"{symbol} [{name}]", len(part.cells), values.shape[1:], np.float32, np.nan)[rows] = (
+                values
+            )
+
+
+def _rows(kept: dict[Any, Any], key: Any, n: int, tail: tuple[int, ...], dtype: Any, fill: float = 0) -> NDArray[Any]:
+    """Return the array kept under a key, made on first sight."""
+    if key not in kept:
+        kept[key] = np.full((n, *tail), fill, dtype)
+    array: NDArray[Any] = kept[key]
+    return array

@@ -1,0 +1,129 @@
+"""Which cells carry which class, and which groups may be learnt from: the checks before any classifier is fitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from sklearn.model_selection import StratifiedGroupKFold
+
+from imgshared.data.panel import nearest
+from imgshared.data.split import column
+from imgshared.types import InputError
+
+
+@dataclass(frozen=True)
+class Label:
+    """One obs column as classes.
+
+    Parameters
+    ----------
+    name
+        The column.
+    classes
+        Its values, sorted, as text.
+    codes
+        (n,) position of each cell's value in `classes`; -1 where it is missing or not among the values asked for.
+    missing, other
+        How many cells have no value, or one that was not asked for.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    codes: NDArray[np.intp]
+    missing: int
+    other: int
+
+
+def read_label(obs: pd.DataFrame, name: str, values: tuple[str, ...] | None = None) -> Label:
+    """Read a label column; `values` restricts its classes where any of them occurs in the column.
+
+    Raises
+    ------
+    InputError
+        For an unknown column (with the nearest name), or one with fewer than two classes.
+    """
+    raw = column(obs, name)
+    text = raw.astype(str).to_numpy()
+    present = raw.notna().to_numpy() & ~np.isin(text, ("", "nan", "None", "<NA>"))
+    found = sorted(set(text[present]))
+    classes = tuple(v for v in found if values is None or v in values) or tuple(found)
+    if len(classes) < 2:
+        raise InputError(
+            f"label {name!r} has one class ({', '.join(classes) or 'no value at all'}) among the {len(obs)} cells: "
+            "a classifier needs two. Choose another label, more cells, or other label_values"
+        )
+    position = {v: k for k, v in enumerate(classes)}
+    codes = np.array([position.get(v, -1) if known else -1 for v, known in zip(text, present, strict=True)])
+    return Label(name, classes, codes, int((~present).sum()), int((present & (codes < 0)).sum()))
+
+
+def check_values(obs: pd.DataFrame, labels: tuple[str, ...], values: tuple[str, ...] | None) -> None:
+    """Refuse a label value that no label column holds."""
+    known = {v for name in labels for v in column(obs, name).astype(str)}
+    for value in values or ():
+        if value not in known:
+            raise InputError(f"label_values: no label column holds {value!r}.{nearest(value, known)}")
+
+
+def read_factor(obs: pd.DataFrame, name: str) -> NDArray[np.float64]:
+    """Read a numeric obs column, NaN where missing; refuse an unknown or non-numeric one."""
+    raw = column(obs, name)
+    numbers = pd.to_numeric(raw, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    if np.isnan(numbers).all():
+        raise InputError(f"factor {name!r} holds no numbers: list it under labels, or leave it out")
+    return numbers
+
+
+def grouped_folds(
+    label: Label, cells: NDArray[np.intp], folds_of: NDArray[Any], unit: str, folds: int, seed: int
+) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """Split `cells` into (train, test) pairs; a fold unit is never on both sides, every training side has every class.
+
+    Raises
+    ------
+    InputError
+        Where there are fewer units than folds, or some training side would lack a class.
+    """
+    units = np.unique(folds_of[cells])
+    if len(units) < folds:
+        raise InputError(
+            f"label {label.name!r}: {folds} folds need {folds} values of {unit!r} among the held-out cells, there are "
+            f"{len(units)} ({', '.join(map(str, units[:6]))}). Set folds={max(len(units), 2)} or another fold column"
+        )
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    pairs = [(cells[train], cells[test]) for train, test in splitter.split(cells, label.codes[cells], folds_of[cells])]
+    for train, _ in pairs:
+        absent = set(range(len(label.classes))) - set(label.codes[train])
+        if absent:
+            raise InputError(
+                f"label {label.name!r}: class {label.classes[min(absent)]!r} occurs in too few values of {unit!r} for "
+                f"{folds} folds: leaving some out leaves none to learn from. Use fewer folds or another fold column"
+            )
+    return pairs
+
+
+def refuse_shared_groups(obs_train: pd.DataFrame, obs_test: pd.DataFrame, unit: str) -> None:
+    """Refuse a group with cells among those learnt from and those tested on."""
+    both = sorted(set(column(obs_train, unit).astype(str)) & set(column(obs_test, unit).astype(str)))
+    if both:
+        raise InputError(
+            f"{unit} {both[0]!r} has cells on both sides of the run's split ({len(both)} in all): a classifier would "
+            "know the test cells' group. Choose another group column, or train with split.by set to it"
+        )
+
+
+def refuse_broken_folds(obs: pd.DataFrame, group: str, fold: str) -> None:
+    """Refuse folds that would cut a group in two."""
+    if group == fold:
+        return
+    parts = column(obs, fold).astype(str).groupby(column(obs, group).astype(str).to_numpy()).nunique()
+    broken = sorted(parts.index[parts > 1])
+    if broken:
+        raise InputError(
+            f"{group} {broken[0]!r} has cells in several values of {fold!r}, so folds by {fold!r} would put it on both "
+            f"sides ({len(broken)} in all). Fold by {group!r}, or by a column that holds whole groups"
+        )

@@ -1,0 +1,181 @@
+"""Pure functions on arrays: image agreement, prediction scores, and intervals over groups.
+
+A score of many cells is a *statistic of the groups*: a function from how often each group was drawn, ``(B, G)`` counts
+in the order of ``np.unique(groups)``, to ``(B,)`` values. All are ratios of sums over cells, so one table of sums a
+group serves every bootstrap draw at once, and a thousand draws cost a matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
+from skimage.metrics import structural_similarity
+
+Floats = NDArray[np.floating[Any]]
+Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+class Estimate(NamedTuple):
+    """A value and its 95% interval; NaN bounds where there are too few groups to say."""
+
+    value: float
+    low: float
+    high: float
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+def l1(real: Floats, predicted: Floats) -> NDArray[np.float64]:
+    """Mean absolute difference of each image: (n, Y, X) and (n, Y, X) to (n,)."""
+    return np.asarray(np.abs(real - predicted).mean((-2, -1)), np.float64)
+
+
+def pearson(real: Floats, predicted: Floats) -> NDArray[np.float64]:
+    """Correlation over each image's pixels: (n, ...) and (n, ...) to (n,) in [-1, 1], NaN where either is constant."""
+    a, b = (np.reshape(x, (len(x), -1)).astype(np.float64) for x in (real, predicted))
+    a, b = (x - x.mean(1, keepdims=True) for x in (a, b))
+    square = np.einsum("ij,ij->i", a, a) * np.einsum("ij,ij->i", b, b)
+    return _ratio(np.einsum("ij,ij->i", a, b), np.sqrt(np.where(square > 1e-20, square, np.nan)))
+
+
+def ssim(real: Floats, predicted: Floats, data_range: float = 1.0) -> NDArray[np.float64]:
+    """Structural similarity of each image (Wang et al. 2004, 7-pixel window): (n, Y, X) and (n, Y, X) to (n,).
+
+    `data_range` is fixed, never taken from the image: an image's own range would hide errors of brightness.
+    """
+    return np.array([structural_similarity(a, b, data_range=data_range) for a, b in zip(real, predicted, strict=True)])
+
+
+# --- scores over cells ----------------------------------------------------------------------------------------------
+
+
+def mean(groups: ArrayLike, values: ArrayLike) -> Statistic:
+    """Mean of one value a cell, NaN values left out."""
+    v = np.asarray(values, np.float64)
+    known = ~np.isnan(v)
+    sums = _sums(groups, np.column_stack([np.where(known, v, 0), known]))
+    return lambda counts: _ratio(*(counts @ sums).T)
+
+
+def correlation(groups: ArrayLike, a: ArrayLike, b: ArrayLike, *, ranks: bool = False) -> Statistic:
+    """Pearson correlation across cells, or Spearman's with `ranks` (taken once, over all cells); NaN for constants."""
+    x, y = (rankdata(v) if ranks else np.asarray(v, np.float64) for v in (a, b))
+    x, y = x - x.mean(), y - y.mean()  # the sums of squares below would otherwise cancel
+    return pooled_correlation(groups, np.column_stack([np.ones_like(x), x, y, x * x, y * y, x * y]))
+
+
+def pooled_correlation(groups: ArrayLike, moments: ArrayLike) -> Statistic:
+    """Pearson correlation over the pixels of all cells, from each cell's (n, 6) sums of 1, a, b, a a, b b, a b."""
+    sums = _sums(groups, moments)
+
+    def statistic(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+        n, a, b, aa, bb, ab = (counts @ sums).T
+        spread = (aa - _ratio(a * a, n)) * (bb - _ratio(b * b, n))
+        return _ratio(ab - _ratio(a * b, n), np.sqrt(np.where(spread > 1e-12 * aa * bb, spread, np.nan)))
+
+    return statistic
+
+
+def r2(groups: ArrayLike, truth: ArrayLike, predicted: ArrayLike) -> Statistic:
+    """Coefficient of determination across cells, 1 - residual / total sum of squares; below 0: worse than a mean."""
+    y, p = np.asarray(truth, np.float64), np.asarray(predicted, np.float64)
+    y, p = y - y.mean(), p - y.mean()
+    sums = _sums(groups, np.column_stack([np.ones_like(y), y, y * y, (y - p) ** 2]))
+
+    def statistic(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+        n, first, second, residual = (counts @ sums).T
+        return 1 - _ratio(residual, second - _ratio(first**2, n))
+
+    return statistic
+
+
+def balanced_accuracy(groups: ArrayLike, truth: ArrayLike, predicted: ArrayLike) -> Statistic:
+    """Mean over the classes of the share of their cells that are recognised; chance is 1 / classes."""
+    truth, predicted = np.asarray(truth), np.asarray(predicted)
+    member = truth[:, None] == np.unique(truth)
+    total, right = _sums(groups, member), _sums(groups, member & (truth == predicted)[:, None])
+    # A draw without any cell of a class says nothing of that class: NaN, so that the interval leaves it out.
+    return lambda counts: np.asarray(_ratio(counts @ right, counts @ total).mean(1))
+
+
+def auroc(groups: ArrayLike, truth: ArrayLike, probabilities: ArrayLike) -> Statistic:
+    """Area under the ROC curve; macro one-versus-rest where there are more than two classes. Chance is 0.5.
+
+    Parameters
+    ----------
+    groups
+        (n,) the unit of the bootstrap.
+    truth
+        (n,) int, class codes 0 .. K - 1.
+    probabilities
+        (n, K) one column a class.
+    """
+    codes, scores = np.asarray(truth), np.asarray(probabilities, np.float64)
+    classes = [1] if scores.shape[1] == 2 else list(range(scores.shape[1]))
+    each = [_binary_auroc(groups, codes == k, scores[:, k]) for k in classes]
+    return lambda counts: np.mean([statistic(counts) for statistic in each], axis=0)
+
+
+def _binary_auroc(groups: ArrayLike, positive: NDArray[np.bool_], score: NDArray[np.float64]) -> Statistic:
+    """U-statistic by pairs of groups: ``wins[g, h]`` positives of g above negatives of h, ties half."""
+    names, code = np.unique(np.asarray(groups), return_inverse=True)
+    _, rank = np.unique(score, return_inverse=True)
+    wins = np.zeros((len(names), len(names)))
+    totals = _sums(groups, np.column_stack([positive, ~positive]))
+    for h in range(len(names)):  # one group's negatives at a time: memory stays at the number of cells
+        below = np.bincount(rank[(code == h) & ~positive], minlength=rank.max() + 1)
+        won = np.cumsum(below) - below / 2  # negatives of h with a lower score, and half of those with the same
+        wins[:, h] = np.bincount(code[positive], won[rank[positive]], minlength=len(names))
+
+    def statistic(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+        pos, neg = (counts @ totals).T
+        return _ratio(np.einsum("bg,gh,bh->b", counts, wins, counts, optimize=True), pos * neg)
+
+    return statistic
+
+
+# --- intervals ------------------------------------------------------------------------------------------------------
+
+
+def estimate(groups: ArrayLike, statistic: Statistic, n: int = 1000, seed: int = 0) -> Estimate:
+    """Return a statistic over all cells with its bootstrap interval over groups."""
+    ones = np.ones((1, len(np.unique(np.asarray(groups)))))
+    return Estimate(float(statistic(ones)[0]), *bootstrap_interval(groups, statistic, n, seed))
+
+
+def bootstrap_interval(
+    groups: ArrayLike, statistic: Statistic, n: int = 1000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap that draws whole groups with replacement (Efron 1979; cells of a group are not independent).
+
+    Draws in which the statistic is undefined (no cell of a class) are left out. NaN with fewer than two groups. With a
+    handful of groups the interval is too narrow, as every bootstrap of a handful of units is.
+    """
+    count = len(np.unique(np.asarray(groups)))
+    if count < 2:
+        return float("nan"), float("nan")
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=n).astype(np.float64)
+    values = statistic(draws)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _sums(groups: ArrayLike, values: ArrayLike) -> NDArray[np.float64]:
+    """Sum the (n, k) values of each group: (G, k)."""
+    names, code = np.unique(np.asarray(groups), return_inverse=True)
+    columns = np.asarray(values, np.float64)
+    return np.stack([np.bincount(code, column, minlength=len(names)) for column in columns.T], axis=1)
+
+
+def _ratio(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
+    """Divide, NaN where the denominator is zero or NaN."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.divide(a, b, out=np.full(np.broadcast_shapes(a.shape, b.shape), np.nan), where=b != 0)

@@ -1,0 +1,122 @@
+"""Cells of a store: measured stains in, unmeasured stains and latents out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from imgshared.data.feed import Feed
+from imgshared.data.store import CellStore
+from imgshared.prediction.run import Run
+from imgshared.prediction.types import Floats, PredictedCells
+from imgshared.types import InputError
+
+Progress = Callable[[int, int], None]
+
+
+def predict_cells(
+    run: Run,
+    store: CellStore,
+    cells: NDArray[np.integer[Any]] | None = None,
+    *,
+    sources: Sequence[str] | None = None,
+    full: bool = True,
+    shared: bool = True,
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> PredictedCells:
+    """Predict cells into memory, in normalised units; see `predict_batches` for large stores."""
+    cells = np.arange(len(store)) if cells is None else np.asarray(cells)
+    parts = []
+    done = 0
+    for part in predict_batches(run, store, cells, sources=sources, full=full, shared=shared, batch_size=batch_size):
+        parts.append(part)
+        done += len(part.cells)
+        if progress:
+            progress(done, len(cells))
+    if not parts:
+        raise InputError(f"{store.path}: no cells to predict")
+    return _join(parts)
+
+
+@torch.inference_mode()
+def predict_batches(
+    run: Run,
+    store: CellStore,
+    cells: NDArray[np.integer[Any]],
+    *,
+    sources: Sequence[str] | None = None,
+    full: bool = True,
+    shared: bool = True,
+    batch_size: int = 256,
+) -> Iterator[PredictedCells]:
+    """Yield predictions batch by batch, so that memory does not grow with the store.
+
+    Parameters
+    ----------
+    sources
+        Markers to predict from; None is chromatin. A cell that lacks some is predicted from those that it has.
+
+    Raises
+    ------
+    InputError
+        Where the store breaks the model's contract, a source is unknown, or a cell has none of the sources.
+    """
+    channels = run.contract.check(store)
+    chosen = torch.zeros(len(run.panel), dtype=torch.bool)
+    chosen[run.panel.indices(sources or [run.panel.chromatin])] = True
+    without = ~(store.measured[np.ix_(cells, channels)] & chosen.numpy()).any(1)
+    if without.any():
+        names = ", ".join(m for m, c in zip(run.panel.markers, chosen, strict=True) if c)
+        raise InputError(f"{store.path}: {int(without.sum())} cells have none of the sources measured ({names})")
+    device = run.fabric.device
+    feed = Feed(store, cells, channels, run.normaliser, device, "stream", batch_size)
+    start = 0
+    for batch in feed.once(batch_size):
+        rows = cells[start : start + len(batch.index)]
+        start += len(rows)
+        with run.fabric.autocast():
+            own = run.method.encode(batch.images, batch.measured)
+            source = batch.measured & chosen.to(device)
+            fused = run.method.encode(batch.images, source).shared
+            images = {"predicted": run.method.translate(batch.images, source, range(len(channels))).mean}
+            for name, wanted in (("full", full), ("shared", shared)):
+                if wanted:
+                    images[name] = run.method.reconstruct(batch.images, batch.measured, specific=name == "full")
+        shared_latents = {"sources": _numpy(fused)}
+        specific_latents = {}
+        for c, marker in enumerate(run.panel.markers):
+            known = batch.measured[:, c, None]
+            shared_latents[marker] = _numpy(own.each[:, c].masked_fill(~known, torch.nan))
+            if own.specific.shape[2]:
+                specific_latents[marker] = _numpy(own.specific[:, c].masked_fill(~known, torch.nan))
+        yield PredictedCells(
+            rows,
+            _numpy(batch.images),
+            batch.measured.cpu().numpy(),
+            store.masks(rows),
+            {name: _numpy(image) for name, image in images.items()},
+            shared_latents,
+            specific_latents,
+        )
+
+
+def _numpy(x: Tensor) -> Floats:
+    return np.ascontiguousarray(x.float().cpu().numpy())
+
+
+def _join(parts: Sequence[PredictedCells]) -> PredictedCells:
+    def joined(name: str) -> dict[str, Floats]:
+        return {key: np.concatenate([getattr(p, name)[key] for p in parts]) for key in getattr(parts[0], name)}
+
+    return PredictedCells(
+        *(np.concatenate([getattr(p, name) for p in parts]) for name in ("cells", "real", "measured", "masks")),
+        joined("images"),
+        joined("shared"),
+        joined("specific"),
+    )

@@ -1,0 +1,90 @@
+"""A trained run, opened for prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from imgshared.build import build_method
+from imgshared.config import Experiment
+from imgshared.config import load as load_config
+from imgshared.data.normalise import Normaliser
+from imgshared.data.panel import Panel
+from imgshared.data.split import Split
+from imgshared.methods.base import Method
+from imgshared.training.checkpoint import Contract, load
+from imgshared.training.devices import make_fabric
+from imgshared.training.folder import best_path, last_path
+from imgshared.types import InputError
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder's configuration, contract and best weights, on the device.
+
+    Attributes
+    ----------
+    panel, split, normaliser
+        Those of the contract, by their short names.
+    """
+
+    path: Path
+    checkpoint: Path
+    experiment: Experiment
+    contract: Contract
+    method: Method
+    fabric: Fabric
+
+    @property
+    def panel(self) -> Panel:
+        """The model's markers."""
+        return self.contract.panel
+
+    @property
+    def split(self) -> Split:
+        """Which groups trained the model."""
+        return self.contract.split
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """Raw intensities to the model's and back."""
+        return self.contract.normaliser
+
+
+def load_run(path: str | Path, *, checkpoint: str = "best") -> Run:
+    """Open a run folder for prediction.
+
+    Parameters
+    ----------
+    path
+        The run folder.
+    checkpoint
+        "best" (least held-out loss) or "last".
+
+    Raises
+    ------
+    InputError
+        Where there is no run, no such checkpoint (training has not got there), or a damaged one.
+    """
+    path = Path(path)
+    if not (path / "config.yaml").exists():
+        raise InputError(f"no run at {path}: a run folder holds config.yaml and checkpoints/")
+    experiment = load_config(Experiment, path / "config.yaml")
+    file = {"best": best_path, "last": last_path}[checkpoint](path)
+    if not file.exists() and checkpoint == "best" and last_path(path).exists():
+        raise InputError(
+            f"{path} has no best checkpoint yet, its training was interrupted: continue it with "
+            "`imgshared train ... --resume`"
+        )
+    tree, contract = load(file)
+    method = build_method(experiment.method, contract.panel, contract.crop_px)
+    method.load_state_dict(tree["model"])
+    fabric = make_fabric(experiment.train.accelerator, experiment.train.precision)
+    method.to(fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    method.eval()
+    nn.Module.requires_grad_(method, False)
+    return Run(path, file, experiment, contract, method, fabric)

@@ -1,0 +1,63 @@
+"""Devices, precision and ranks: what Lightning Fabric is asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+
+def make_fabric(
+    accelerator: Literal["auto", "cpu", "cuda", "mps"], precision: Literal["auto", "float32", "bf16"]
+) -> Fabric:
+    """Return a launched Fabric: one device, or one a process under torchrun (gloo on CPUs, NCCL on GPUs)."""
+    chosen = accelerator
+    if chosen == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    half = precision == "bf16" or (precision == "auto" and has_bf16(chosen))
+    under_torchrun = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    fabric = Fabric(
+        accelerator=chosen,
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if under_torchrun else 1,
+        num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")) if under_torchrun else 1,
+        strategy="ddp" if under_torchrun else "auto",
+        precision="bf16-mixed" if half else "32-true",
+    )
+    fabric.launch()
+    return fabric
+
+
+def has_bf16(accelerator: str) -> bool:
+    """Say whether the hardware multiplies bf16 natively."""
+    if accelerator == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return accelerator == "cpu" and bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+                                         and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], world: int) -> None:
+    """Average gradients over ranks in one message; a rank without a stain counts its gradient as zero."""
+    if world == 1:
+        return
+    parameters = [p for p in parameters if p.requires_grad]
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for p, grad in zip(parameters, (flat / world).split([p.numel() for p in parameters]), strict=True):
+        p.grad = grad.view_as(p)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate a tensor's rows over ranks, whose counts may differ, in rank order."""
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    longest = int(max(c.item() for c in counts))
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n.item())] for part, n in zip(parts, counts, strict=True)])

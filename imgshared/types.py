@@ -1,0 +1,68 @@
+"""The values that pass between the rooms of the package: small, frozen, without behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The message names the culprit and says what to do."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of cell crops on the training device.
+
+    Parameters
+    ----------
+    index
+        (B,) int64, position of each cell among the training cells (latent optimisation keys on it).
+    images
+        (B, C, Y, X) float, normalised to about [0, 1]; zero where a marker is not measured.
+    measured
+        (B, C) bool, which markers were stained in which cell.
+    """
+
+    index: Tensor
+    images: Tensor
+    measured: Tensor
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What a method knows of each cell.
+
+    Parameters
+    ----------
+    shared
+        (B, S) float, the latent that all stains of a cell share, fused over the measured stains.
+    each
+        (B, C, S) float, the same latent as each stain alone tells it; zero where the marker is not measured.
+    specific
+        (B, C, D) float, the latent of each marker; zero where the marker is not measured.
+    measured
+        (B, C) bool, where ``each`` and ``specific`` are known.
+    """
+
+    shared: Tensor
+    each: Tensor
+    specific: Tensor
+    measured: Tensor
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted stains: ``mean`` is (B, T, Y, X) float in normalised units, T the targets in the order asked."""
+
+    mean: Tensor
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A loss to minimise (scalar) and its named parts, detached, for the log."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor]
