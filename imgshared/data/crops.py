@@ -60,10 +60,8 @@ def consecutive(mask: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int32], NDAr
 def resample(image: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
     """Resample (C, Y, X) to another (Y, X), smoothed before it shrinks; the dtype stays, rounded."""
     shrinks = shape[0] < image.shape[1]
-    planes = [
-        resize(p.astype(np.float32), shape, order=1, mode="edge", anti_aliasing=shrinks, preserve_range=True) for p in image
-    ]
-    out = np.stack(planes)
+    settings = {"order": 1, "mode": "edge", "anti_aliasing": shrinks, "preserve_range": True}
+    out = np.stack([resize(plane.astype(np.float32), shape, **settings) for plane in image])
     return out if image.dtype.kind == "f" else np.rint(out).astype(image.dtype)
 
 
@@ -71,7 +69,7 @@ def resample_labels(mask: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
     """Resample a (Y, X) mask to another shape by the nearest pixel."""
     rows = ((np.arange(shape[0]) + 0.5) * mask.shape[0] / shape[0]).astype(np.int64)
     columns = ((np.arange(shape[1]) + 0.5) * mask.shape[1] / shape[1]).astype(np.int64)
-    return mask[rows[:, None], columns]
+    return np.asarray(mask[rows[:, None], columns])
 
 
 def find_cells(mask: NDArray[np.int32], labels: NDArray[np.int64], crop_px: int) -> Cells:
@@ -108,7 +106,7 @@ def find_cells(mask: NDArray[np.int32], labels: NDArray[np.int64], crop_px: int)
 
 def _weighted(mask: NDArray[np.int32], positions: NDArray[Any], axis: int, count: int) -> NDArray[np.float64]:
     weights = np.broadcast_to(positions[:, None] if axis == 0 else positions[None, :], mask.shape)
-    return np.bincount(mask.ravel(), weights=weights.ravel(), minlength=count + 1)[1:]
+    return np.bincount(mask.ravel(), weights=weights.ravel(), minlength=count + 1)[1:].astype(np.float64)
 
 
 def mean_raw(image: NDArray[Any], mask: NDArray[np.int32], cells: Cells) -> NDArray[np.float32]:
@@ -119,16 +117,17 @@ def mean_raw(image: NDArray[Any], mask: NDArray[np.int32], cells: Cells) -> NDAr
 
 def cut(
     image: NDArray[Any], mask: NDArray[np.int32], cells: Cells, crop_px: int, *, mask_neighbours: bool
-) -> Iterator[tuple[NDArray[Any], NDArray[np.bool_]]]:
-    """Yield blocks of crops (b, C, Y, X) and of the cells' own masks (b, Y, X)."""
+) -> Iterator[tuple[slice, NDArray[Any], NDArray[np.bool_]]]:
+    """Yield blocks of cells: which they are, their crops (b, C, Y, X) and their own masks (b, Y, X)."""
     for start in range(0, len(cells), BLOCK):
-        windows = [np.s_[y : y + crop_px, x : x + crop_px] for y, x in cells.corners[start : start + BLOCK]]
+        block = slice(start, start + BLOCK)
+        windows = [np.s_[y : y + crop_px, x : x + crop_px] for y, x in cells.corners[block]]
         crops = np.stack([image[:, *w] for w in windows])
         around = np.stack([mask[w] for w in windows])
-        own = around == cells.numbers[start : start + BLOCK, None, None]
+        own = around == cells.numbers[block, None, None]
         if mask_neighbours:
             crops *= (own | (around == 0))[:, None]
-        yield crops, own
+        yield block, crops, own
 
 
 class IntensityRange:
@@ -156,6 +155,7 @@ class IntensityRange:
         if not counts[-1]:
             return {}
         bins = [int(np.searchsorted(counts, q * counts[-1])) for q in (0.01, 0.5, 0.99)]
-        values = [float((np.array([b], np.uint32) << 16).view(np.float32)[0]) for b in bins] if dtype.kind == "f" else bins
+        values = (np.array(bins, np.uint32) << 16).view(np.float32) if dtype.kind == "f" else np.array(bins)
         least, most = float(self._least[marker]), float(self._most[marker])
-        return {"min": least, "max": most, **{n: float(v) for n, v in zip(("p1", "p50", "p99"), values, strict=True)}}
+        p1, p50, p99 = (float(v) for v in np.clip(values, least, most))
+        return {"min": least, "p1": p1, "p50": p50, "p99": p99, "max": most}

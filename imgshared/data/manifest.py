@@ -228,7 +228,7 @@ def _groups(path: Path, table: pd.DataFrame, text: pd.DataFrame, column: str | N
 
 def _image_ids(path: Path, written: Sequence[str]) -> list[str]:
     resolved = pd.Series([str((path.parent / w).resolve()) for w in written])
-    twice = [written[i] for i in np.flatnonzero(resolved.duplicated())]
+    twice = [w for w, again in zip(written, resolved.duplicated(), strict=True) if again]
     if twice:
         raise InputError(f"{path}: {len(twice)} image(s) occur in more than one row: {', '.join(twice[:3])}")
     stems = pd.Series([stem(w) for w in written])

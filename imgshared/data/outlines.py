@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 KEPT, DROPPED = (86, 180, 233), (230, 159, 0)  # sky blue and orange of Okabe & Ito: told apart by colour-blind eyes too
 SIDE_PX = (900, 2400)  # the picture's longer side lies between these where whole zooms allow
+FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # Pillow's own lacks µ
 BAR_UM = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 
 
@@ -32,7 +34,7 @@ def draw_outlines(
     kept
         The labels that became crops; the others count as dropped.
     """
-    zoom = max(1, round(SIDE_PX[0] / max(mask.shape)))
+    zoom = -(-SIDE_PX[0] // max(mask.shape))
     shrink = -(-max(mask.shape) // SIDE_PX[1])
     grey, labels = chromatin[::shrink, ::shrink], mask[::shrink, ::shrink]
     low, high = np.percentile(grey, (1, 99.7))
@@ -56,13 +58,13 @@ def _annotate(picture: NDArray[np.uint8], title: str, pixel_size_um: float | Non
     height, width = picture.shape[:2]
     image = Image.new("RGB", (width, height + 72), "white")
     image.paste(Image.fromarray(picture), (0, 36))
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=18)
+    draw, font = ImageDraw.Draw(image), ImageFont.truetype(FONT, 17)
     draw.text((8, 7), title, "black", font)
     length = next((b for b in reversed(BAR_UM) if b / (pixel_size_um or 1) * zoom < width / 4), BAR_UM[0])
     y, end = height + 54, 8 + length / (pixel_size_um or 1) * zoom
     draw.rectangle((8, y - 3, end, y + 3), "black")
     draw.text((end + 8, y - 11), f"{length} {'µm' if pixel_size_um else 'px'}", "black", font)
-    for x, colour, word in ((width - 190, KEPT, "kept"), (width - 95, DROPPED, "dropped")):
+    for x, colour, word in ((width - 200, KEPT, "kept"), (width - 110, DROPPED, "dropped")):
         draw.rectangle((x, y - 6, x + 12, y + 6), colour)
         draw.text((x + 18, y - 11), word, "black", font)
     return image

@@ -1,7 +1,6 @@
 """From a manifest and images to a cell store, image by image.
 
-The first pass reads headers only, fixes the panel and finds what is wrong before any work is done; the second reads,
-segments, cuts and writes one image at a time.
+The first pass (`plan.py`) reads headers only; the second, here, reads, segments, cuts and writes one image at a time.
 """
 
 from __future__ import annotations
@@ -22,11 +21,20 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from imgshared.data.crops import Cells, IntensityRange, consecutive, cut, find_cells, mean_raw, resample, resample_labels
-from imgshared.data.manifest import CellTable, Manifest, ManifestRow, read_cells, read_manifest
+from imgshared.data.crops import (  # fmt: skip
+    Cells,
+    IntensityRange,
+    consecutive,
+    cut,
+    find_cells,
+    mean_raw,
+    resample,
+    resample_labels,
+)
+from imgshared.data.manifest import CellTable, Manifest, read_cells, read_manifest
 from imgshared.data.outlines import draw_outlines
-from imgshared.data.panel import Panel, guess_chromatin, nearest
-from imgshared.data.readers import ImageFile, open_channels, open_image, open_mask, read_mask
+from imgshared.data.plan import Plan, Source, make_plan
+from imgshared.data.readers import read_mask
 from imgshared.data.segment import SegmentSettings, length_px, segment_nuclei
 from imgshared.data.store import IMAGES, MASKS, StoreWriter, panel_table
 from imgshared.types import InputError
@@ -64,36 +72,13 @@ class PrepareSummary:
         columns = ("min", "p1", "p50", "p99", "max")
         width = max(len("marker"), *map(len, self.measured))
         lines = [f"{self.path}: {self.cells} cells of {self.images} images", ""]
-        lines.append(f"{'marker':<{width}} {'measured':>9}" + "".join(f"{c:>9}" for c in columns))
+        lines.append(f"{'marker':<{width}} {'measured':>9}" + "".join(f"{c:>11}" for c in columns))
         for marker, count in self.measured.items():
             values = self.intensity.get(marker) or {}
-            shown = "".join(f"{values[c]:>9.4g}" if c in values else f"{'-':>9}" for c in columns)
+            shown = "".join(f"{values[c]:>11.5g}" if c in values else f"{'-':>11}" for c in columns)
             lines.append(f"{marker:<{width}} {count:>9}{shown}")
         lines += ["", "dropped: " + (", ".join(f"{n} ({why})" for why, n in self.dropped.items()) or "none")]
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
-
-
-@dataclass(frozen=True)
-class Source:
-    """An image that the first pass has accepted: `channels` are the panel's channels that it holds, by their names in
-    the file, `shape` is (Y, X) after resampling, `pixel_size_um` that of the file."""
-
-    row: ManifestRow
-    file: ImageFile
-    channels: Mapping[int, str]
-    shape: tuple[int, int]
-    pixel_size_um: float | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the first pass fixes for all images."""
-
-    panel: Panel
-    sources: tuple[Source, ...]
-    dtype: np.dtype[Any]
-    pixel_size_um: float | None
-    warnings: tuple[str, ...]
 
 
 def prepare(
@@ -173,14 +158,14 @@ def prepare(
     if any(source.row.mask is None for source in plan.sources):
         for name in ("smooth", "background", "min_diameter", "max_diameter", "split"):
             length_px(getattr(segment, name), plan.pixel_size_um)
-    pictures = _picture_folder(out) if qc else None
     with _writer(out, overwrite) as writer:
+        pictures = _picture_folder(out) if qc else None
         tally = _Tally(plan, crop_px, mask_neighbours, segment, writer, pictures, joined)
         for done, source in enumerate(plan.sources, 1):
             tally.add(source)
             if progress is not None:
                 progress(done, len(plan.sources), source.row.image)
-        return tally.finish(table, out)
+        return tally.finish(table)
 
 
 def _read_joined(path: Path, table: Manifest, image_column: str | None, label_column: str | None) -> CellTable:
@@ -215,117 +200,6 @@ def _writer(out: Path, overwrite: bool) -> Iterator[StoreWriter]:
         shutil.rmtree(writer.partial, ignore_errors=True)  # gone already where the store was finished
 
 
-# --- first pass: headers --------------------------------------------------------------------------------------------
-
-
-def make_plan(
-    table: Manifest,
-    *,
-    crop_px: int,
-    pixel_size_um: float | None,
-    source_pixel_size_um: float | None,
-    chromatin: str | None,
-    markers: Sequence[str] | None,
-    channels: Sequence[str],
-    aliases: Mapping[str, tuple[str, ...]],
-    pattern: str | None,
-) -> Plan:
-    """Read all headers, fix panel, dtype and pixel size, and refuse what cannot be used."""
-    known: dict[str, str] = {}  # lower-case name or alias -> marker, in order of first appearance
-    for marker, others in aliases.items():
-        known.update({name.lower(): marker for name in (marker, *others)})
-    opened = [_open(row, channels, pattern) for row in table.rows]
-    held = [_markers_of(row, file, known) for row, file in zip(table.rows, opened, strict=True)]
-    panel = _panel(list(dict.fromkeys(m for names in held for m in names)), chromatin, markers, aliases)
-    first, sources = opened[0], []
-    for row, file, names in zip(table.rows, opened, held, strict=True):
-        if panel.chromatin not in names:
-            raise InputError(f"{row.path} lacks the chromatin marker {panel.chromatin!r}: it holds {', '.join(names)}")
-        if file.dtype != first.dtype:
-            raise InputError(
-                f"{row.path} is {file.dtype}, but {table.rows[0].path} is {first.dtype}: raw intensities of one store "
-                "must have one scale, so convert the images to one dtype"
-            )
-        own = file.pixel_size_um or source_pixel_size_um
-        shape = _stored_shape(row, file, own, pixel_size_um, crop_px)
-        held_here = {panel.markers.index(m): name for m, name in names.items() if m in panel.markers}
-        sources.append(Source(row, file, held_here, shape, own))
-    size = pixel_size_um or _common_pixel_size(sources)
-    warnings = [] if table.group_column else ["the manifest has no group column: each image is a group of its own"]
-    if size is None:
-        warnings.append("pixel size unknown: positions are in pixels, and no other microscope's images can be compared")
-    return Plan(panel, tuple(sources), first.dtype, size, tuple(warnings))
-
-
-def _open(row: ManifestRow, channels: Sequence[str], pattern: str | None) -> ImageFile:
-    if row.files:
-        file = open_channels(row.path, row.files)
-    else:
-        file = open_image(row.path, names=row.channels or channels, pattern=pattern)
-    if row.mask is not None and (mask := open_mask(row.mask)).shape[1:] != file.shape[1:]:
-        sizes = [" x ".join(map(str, s[1:])) for s in (mask.shape, file.shape)]
-        raise InputError(f"mask {row.mask} is {sizes[0]} pixels, but its image {row.path} is {sizes[1]}")
-    return file
-
-
-def _markers_of(row: ManifestRow, file: ImageFile, known: dict[str, str]) -> dict[str, str]:
-    """Return marker -> the file's name for it; the manifest's promise, where there is one, says which to take."""
-    names: dict[str, str] = {}
-    for name in file.channels:
-        marker = known.setdefault(name.lower(), name)
-        if marker in names:
-            raise InputError(f"{row.path} holds the marker {marker!r} twice, as {names[marker]!r} and {name!r}")
-        names[marker] = name
-    for promised in row.channels:
-        if known.get(promised.lower(), promised) not in names:
-            raise InputError(
-                f"the manifest promises the marker {promised!r} of {row.path}, which holds {', '.join(file.channels)}."
-                f"{nearest(promised, file.channels)}"
-            )
-    wanted = {known[p.lower()] for p in row.channels} or set(names)
-    return {marker: name for marker, name in names.items() if marker in wanted}
-
-
-def _panel(
-    union: list[str], chromatin: str | None, markers: Sequence[str] | None, aliases: Mapping[str, tuple[str, ...]]
-) -> Panel:
-    """Return the panel: chromatin, then the markers asked for in that order, or all by first appearance."""
-    found = chromatin or guess_chromatin(union)
-    if found is None:
-        raise InputError(f"no marker has a usual chromatin name among {', '.join(union)}: name yours with chromatin")
-    whole = Panel(tuple(union), union[0], {m: a for m, a in aliases.items() if m in union})
-    first = whole.markers[whole.index(found)]
-    rest = union if markers is None else [whole.markers[i] for i in whole.indices(markers)]
-    kept = tuple(dict.fromkeys([first, *rest]))
-    return Panel(kept, first, {m: a for m, a in whole.aliases.items() if m in kept})
-
-
-def _stored_shape(
-    row: ManifestRow, file: ImageFile, own: float | None, target: float | None, crop_px: int
-) -> tuple[int, int]:
-    if target is not None and own is None:
-        raise InputError(f"{row.path} does not say its pixel size, so it cannot be resampled: set source_pixel_size_um")
-    scale = own / target if own and target else 1.0
-    shape = round(file.shape[1] * scale), round(file.shape[2] * scale)
-    if min(shape) < crop_px:
-        after = " after resampling" if scale != 1 else ""
-        raise InputError(f"{row.path} is {shape[0]} x {shape[1]} pixels{after}: a crop of {crop_px} does not fit. Lower crop_px")
-    return shape
-
-
-def _common_pixel_size(sources: Sequence[Source]) -> float | None:
-    first = sources[0]
-    for source in sources:
-        a, b = first.pixel_size_um, source.pixel_size_um
-        if (a is None) != (b is None) or (a and b and abs(a - b) > 0.01 * a):
-            told = [f"{s.row.path} ({f'{s.pixel_size_um:g} µm' if s.pixel_size_um else 'unknown'})" for s in (first, source)]
-            raise InputError(
-                f"pixel sizes differ: {told[0]}, {told[1]}. Set pixel_size_um to resample all images to one, and "
-                "source_pixel_size_um for those that do not say"
-            )
-    return first.pixel_size_um
-
-
 # --- second pass: pixels --------------------------------------------------------------------------------------------
 
 
@@ -358,26 +232,137 @@ class _Tally:
         cells = find_cells(mask, labels, self.crop_px)
         self.found += len(labels)
         self.dropped.update(cells.dropped)
-        if not len(labels):
+        if len(labels) == 0:
             self.empty.append(source.row.image)
         if self.pictures is not None:
-            chromatin = image[list(source.channels).index(self.plan.panel.chromatin_index)]
             draw_outlines(
-                self.pictures / f"{source.row.image.replace('/', '_')}.png", chromatin, mask, cells.numbers,
+                self.pictures / f"{source.row.image.replace('/', '_')}.png",
+                image[list(source.channels).index(self.plan.panel.chromatin_index)],
+                mask,
+                cells.numbers,
                 title=f"{source.row.image}: {len(cells)} kept, {sum(cells.dropped.values())} dropped",
                 pixel_size_um=self.plan.pixel_size_um,
-            )  # fmt: skip
-        if not len(cells):
-            return
-        columns = list(source.channels)
-        for crops, own in cut(image, mask, cells, self.crop_px, mask_neighbours=self.mask_neighbours):
-            whole = np.zeros((len(crops), len(self.plan.panel), self.crop_px, self.crop_px), self.plan.dtype)
-            whole[:, columns] = crops
+            )
+        if len(cells):
+            self._append(source, image, mask, cells)
+
+    def _pixels(self, source: Source) -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int64]]:
+        """Return the image (its channels of the panel, Y, X), the consecutive mask, and what its labels are called."""
+        image = source.file.read(list(source.channels.values()))
+        if source.row.mask is None:
+            image = image if image.shape[1:] == source.shape else resample(image, source.shape)
+            chromatin = image[list(source.channels).index(self.plan.panel.chromatin_index)]
+            mask = segment_nuclei(chromatin, self.segment, self.plan.pixel_size_um)
+            return image, mask, np.arange(1, mask.max() + 1, dtype=np.int64)
+        mask, labels = consecutive(read_mask(source.row.mask))
+        if len(labels) == 1:  # a binary mask, or one cell
+            parts, count = ndimage.label(mask)
+            if count > 1:
+                self.binary.append(source.row.image)
+                mask, labels = parts.astype(np.int32), np.arange(1, count + 1, dtype=np.int64)
+        if image.shape[1:] != source.shape:
+            image, mask = resample(image, source.shape), resample_labels(mask, source.shape)
+        return image, mask, labels
+
+    def _append(self, source: Source, image: NDArray[Any], mask: NDArray[np.int32], cells: Cells) -> None:
+        channels = list(source.channels)
+        for block, crops, own in cut(image, mask, cells, self.crop_px, mask_neighbours=self.mask_neighbours):
+            whole = np.zeros((len(crops), len(self.plan.panel), *crops.shape[2:]), self.plan.dtype)
+            whole[:, channels] = crops
             self.writer.append(**{IMAGES: whole, MASKS: own})
-            for i, channel in enumerate(columns):
+            for i, channel in enumerate(channels):
                 self.ranges.add(channel, crops[:, i])
-            self.overflowing += int((own.sum(axis=(1, 2)) < cells.area_px[self._block(own)]).sum())
+            self.overflowing += int((own.sum(axis=(1, 2)) < cells.area_px[block]).sum())
         x = np.full((len(cells), len(self.plan.panel)), np.nan, np.float32)
-        x[:, columns] = mean_raw(image, mask, cells)
+        x[:, channels] = mean_raw(image, mask, cells)
         self.x.append(x)
         self.obs.append(self._table(source, cells))
+
+    def _table(self, source: Source, cells: Cells) -> pd.DataFrame:
+        """Return the rows of `obs` for one image; centroids are in the pixels of the file."""
+        scale = np.array(source.file.shape[1:]) / source.shape
+        centroids = (cells.centroids_px + 0.5) * scale - 0.5
+        table = pd.DataFrame(
+            {
+                "cell_id": [f"{source.row.image}:{label}" for label in cells.labels],
+                "image": source.row.image,
+                "group": source.row.group,
+                "label": cells.labels,
+                "centroid_y_px": centroids[:, 0],
+                "centroid_x_px": centroids[:, 1],
+                "area_px": cells.area_px,
+                "_size": source.pixel_size_um or 1.0,
+            }
+        )
+        if self.joined is None:
+            return table
+        more, known = self.joined.join(source.row.image, cells.labels)
+        self.without_row += int((~known).sum())
+        return pd.concat([table, more], axis=1)
+
+    def finish(self, manifest: Manifest) -> PrepareSummary:
+        """Write the tables that come last and say what was done."""
+        plan = self.plan
+        self._check_any(manifest)
+        obs = pd.concat(self.obs, ignore_index=True)
+        measured = np.isfinite(np.concatenate(self.x))
+        obs = obs.join(manifest.labels, on="image").set_index("cell_id")
+        spatial = obs[["centroid_x_px", "centroid_y_px"]].to_numpy() * obs.pop("_size").to_numpy()[:, None]
+        for name in obs.columns[[d.kind not in "biuf" for d in map(_numpy_dtype, obs.dtypes)]]:
+            obs[name] = obs[name].astype("string").astype(object).astype("category")
+        ranges = {m: self.ranges.of(i, plan.dtype) for i, m in enumerate(plan.panel.markers)}
+        counts = {m: int(n) for m, n in zip(plan.panel.markers, measured.sum(axis=0), strict=True)}
+        segmented = any(source.row.mask is None for source in plan.sources)
+        info = {
+            "kind": "cells",
+            "version": version("imgshared"),
+            "crop_px": self.crop_px,
+            "pixel_size_um": plan.pixel_size_um,
+            "dtype": plan.dtype.name,
+            "mask_neighbours": self.mask_neighbours,
+            "images": len(plan.sources),
+            "dropped": dict(self.dropped),
+            "intensity": ranges,
+            "measured": counts,
+            "segmentation": dataclasses.asdict(self.segment) if segmented else "masks",
+            "manifest": manifest.path.name,
+        }
+        self.writer.finish(
+            obs,
+            panel_table(plan.panel),
+            np.concatenate(self.x),
+            layers={"measured": measured},
+            obsm={"spatial": spatial},
+            info=info,
+        )
+        return PrepareSummary(
+            self.writer.path, len(plan.sources), len(obs), dict(self.dropped), counts, ranges, self._warnings()
+        )
+
+    def _check_any(self, manifest: Manifest) -> None:
+        look = f" The outlines are in {self.pictures}." if self.pictures else ""
+        if not self.found:
+            raise InputError(
+                f"no nuclei found in any image of {manifest.path} ({', '.join(self.empty[:3])}, ...): is "
+                f"{self.plan.panel.chromatin!r} the chromatin stain? Lower segment.threshold_scale, or set "
+                f"segment.min_diameter and max_diameter to your nuclei.{look}"
+            )
+        if not self.obs:
+            why = ", ".join(f"{n} ({reason})" for reason, n in self.dropped.items())
+            raise InputError(f"all {self.found} nuclei were dropped: {why}. Lower crop_px ({self.crop_px}).{look}")
+        if self.joined is not None and self.without_row == sum(map(len, self.obs)):
+            raise InputError(f"no label of the table of cells is a label of the masks of {manifest.path}")
+
+    def _warnings(self) -> tuple[str, ...]:
+        notes = [
+            (len(self.empty), f"image(s) without nuclei: {', '.join(self.empty[:5])}"),
+            (len(self.binary), f"binary mask(s), connected parts taken for cells: {', '.join(self.binary[:5])}"),
+            (self.overflowing, f"cell(s) larger than the crop of {self.crop_px} px, cut at its edge"),
+            (self.without_row, "cell(s) without a row in the table of cells"),
+            (self.joined.unmatched if self.joined else 0, "row(s) of the table of cells name no image of the manifest"),
+        ]
+        return (*self.plan.warnings, *(f"{count} {text}" for count, text in notes if count))
+
+
+def _numpy_dtype(dtype: Any) -> np.dtype[Any]:
+    return dtype if isinstance(dtype, np.dtype) else np.dtype(object)

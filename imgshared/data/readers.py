@@ -156,7 +156,7 @@ def open_mask(path: Path) -> ImageFile:
 
 def read_mask(path: Path) -> NDArray[np.integer[Any]]:
     """Read a label mask: (Y, X) integers, 0 = background."""
-    mask = _read_planes(path, [0])[0]
+    mask: NDArray[Any] = _read_planes(path, [0])[0]
     if mask.dtype.kind == "b":
         mask = mask.astype(np.uint8)
     if mask.dtype.kind == "i" and mask.min() < 0:
@@ -269,13 +269,13 @@ def _layout(path: Path, tiff: tifffile.TiffFile) -> tuple[tuple[int, int, int], 
     """Return (C, Y, X) and the page of each channel, no pages where channels do not lie one a page."""
     series = tiff.series[0]
     if len(tiff.series) > 1 and series.axes == "YX" and not tiff.is_ome:  # pages written one by one
-        pages = [s.pages[0] for s in tiff.series if s.axes == "YX" and s.shape == series.shape]
-        return (len(pages), *series.shape), pages
+        pages: list[Any] = [s.pages[0] for s in tiff.series if s.axes == "YX" and s.shape == series.shape]
+        return (len(pages), series.shape[0], series.shape[1]), pages
     sizes = dict(zip(series.axes, series.shape, strict=True))
     for axis, word in (("Z", "focal planes"), ("T", "time points")):
         if sizes.get(axis, 1) > 1:
             raise InputError(f"{path} holds {sizes[axis]} {word}: project or split it to one plane a channel first")
-    if sizes.get("S", 1) > 1 and series.axes.endswith("S") and series.pages[0].photometric == 2:
+    if sizes.get("S", 1) > 1 and series.axes.endswith("S") and series.keyframe.photometric == 2:
         raise InputError(f"{path} is an RGB picture: save one grey-scale channel a stain")
     stack = [n for axis, n in sizes.items() if axis not in "YX" and n > 1]
     if len(stack) > 1 or "Y" not in sizes or "X" not in sizes:

@@ -113,7 +113,8 @@ def simulate(
 
     Writes ``images/*.ome.tif`` (uint16, CYX, channel names and pixel size in the OME metadata), ``masks/*.tif``
     (uint16 nuclear labels), ``manifest.csv`` (a row an image: image, mask, group, batch, treatment, drug, field),
-    ``cells.csv`` (a row a cell: image, label, every factor, y_px and x_px of the nuclear centre) and
+    ``cells.csv`` (a row a cell: image, label, every shared and specific factor, y_px and x_px of the
+    nuclear centre) and
     ``factors.json``. The same arguments give the same files.
 
     Parameters
@@ -292,6 +293,7 @@ def _write_field(
         out / str(row["image"]), counts, ome=True, photometric="minisblack", compression="zlib", metadata=metadata
     )
     tifffile.imwrite(out / str(row["mask"]), labels, photometric="minisblack", compression="zlib")
+    factors = factors.drop(columns=["treatment", "drug"])  # they belong to the image: the manifest has them
     where = pd.DataFrame({"image": row["image"], "label": np.arange(1, len(factors) + 1)})
     return pd.concat([where, factors, pd.DataFrame(centers, columns=["y_px", "x_px"])], axis=1)
 

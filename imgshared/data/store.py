@@ -65,7 +65,7 @@ class StoreWriter:
         for name, block in rows.items():
             block = np.ascontiguousarray(block)
             if name not in self._arrays:
-                chunk = max(1, CHUNK_BYTES // max(1, block[:1].nbytes or int(np.prod(block.shape[1:])) * block.itemsize))
+                chunk = max(1, CHUNK_BYTES // max(1, int(np.prod(block.shape[1:])) * block.itemsize))
                 tail = block.shape[1:]
                 self._arrays[name] = self._root["obsm"].create_array(  # type: ignore[union-attr]
                     name,
@@ -160,7 +160,7 @@ class CellStore:
     def panel(self) -> Panel:
         """The markers in channel order."""
         var: pd.DataFrame = anndata.io.read_elem(self._root["var"])
-        aliases = {str(m): tuple(a for a in str(text).split(";") if a) for m, text in var["aliases"].items()}
+        aliases = {str(m): tuple(str(text).split(";")) for m, text in var["aliases"].items() if text}
         return Panel(tuple(map(str, var.index)), str(var.index[var["chromatin"].to_numpy(bool)][0]), aliases)
 
     @property
@@ -231,8 +231,10 @@ def _open_complete(path: Path) -> zarr.Group:
     except Exception as error:
         raise InputError(f"{path} is not a Zarr store ({error})") from error
     if root.attrs.get("encoding-type") != "anndata" or not root.attrs.get(COMPLETE):
-        raise InputError(f"{path} is not a whole cell store: the run that wrote it was interrupted, or it is something else. "
-                         "Run `imgshared prepare` again.")
+        raise InputError(
+            f"{path} is not a whole cell store: the run that wrote it was interrupted, or it is something else. "
+            "Run `imgshared prepare` again."
+        )
     return root
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from imgshared.training.devices import has_bf16
 from imgshared.types import InputError
 
 BATCH = 64
@@ -63,7 +64,7 @@ def cnn_probabilities(
             for step in range(steps):  # a rest of less than a batch waits for the next epoch's order
                 rows = order[step * BATCH : (step + 1) * BATCH]
                 target = torch.as_tensor(truth[rows], dtype=torch.int64, device=device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=_bf16(device)):
+                with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device.type)):
                     loss = F.cross_entropy(network(_augment(load(train, rows), rng)).float(), target, weight)
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -85,11 +86,6 @@ def _build(model: str, channels: int, classes: int) -> nn.Module:
         near = timm.list_models(f"*{model[:6]}*")[:3]
         raise InputError(f"cnn: timm knows no model {model!r}. Near: {', '.join(near) or 'none'}") from error
     return network
-
-
-def _bf16(device: torch.device) -> bool:
-    """Say whether bfloat16 is faster here: on GPUs and on CPUs with matrix tiles (AMX)."""
-    return device.type == "cuda" or bool(torch.cpu._is_amx_tile_supported())
 
 
 def _augment(images: Tensor, rng: np.random.Generator) -> Tensor:

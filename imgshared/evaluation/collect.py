@@ -42,7 +42,7 @@ class Part:
     crops
         (n, Y, X) float16 by (marker, input), only where a network is to read them.
     latents
-        (n, D) by name, e.g. ``z_s [sources]``, ``z_s [DNA]``, ``z_m [LaminB1]``; NaN where not measured.
+        (n, D) by name, e.g. ``z_s [DNA]``, ``z_m [LaminB1]``; NaN where not measured.
     fidelity
         See `fidelity.compare`; `position` counts within this part.
     """
@@ -133,6 +133,8 @@ def _keep_features(part: Part, done: PredictedCells, rows: slice, panel: Panel) 
 def _keep_latents(part: Part, done: PredictedCells, rows: slice) -> None:
     for symbol, latents in (("z_s", done.shared), ("z_m", done.specific)):
         for name, values in latents.items():
+            if name == "sources":
+                continue  # predicted from chromatin alone, the fused latent is chromatin's
             _rows(part.latents, f"{symbol} [{name}]", len(part.cells), values.shape[1:], np.float32, np.nan)[rows] = (
                 values
             )

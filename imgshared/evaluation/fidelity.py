@@ -26,8 +26,8 @@ def compare(cells: PredictedCells, markers: tuple[str, ...], chromatin: int, flo
 
     Returns
     -------
-    One row a (cell, marker, prediction): `position` (row in `cells`), `marker`, `prediction` (the keys of
-    `cells.images`, ``linear``, ``marker_mean``), `l1`, `pearson`, `ssim`, `intensity_real`, `intensity_predicted`, and the pixel sums
+    One row a (cell, marker, prediction): `position` (row in `cells`), `marker`, `prediction` (a key of `cells.images`,
+    ``linear`` or ``marker_mean``), `l1`, `pearson`, `ssim`, `intensity_real`, `intensity_predicted`, and the pixel sums
     `MOMENTS`.
     """
     tables = []

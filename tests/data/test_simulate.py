@@ -42,11 +42,11 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tables_describe_the_files(experiment: Path) -> None:
     manifest, cells = pd.read_csv(experiment / "manifest.csv"), pd.read_csv(experiment / "cells.csv")
     assert list(manifest) == ["image", "mask", "group", "batch", "treatment", "drug", "field"]
-    assert list(cells) == ["image", "label", *(factor.name for factor in FACTORS), "y_px", "x_px"]
+    assert list(cells) == ["image", "label", *(f.name for f in FACTORS if f.kind != "condition"), "y_px", "x_px"]
     assert len(cells) == 203
     assert not cells.isna().any(axis=None)
     assert set(cells["image"]) == set(manifest["image"])
-    assert [factor["name"] for factor in json.loads((experiment / "factors.json").read_text())] == list(cells)[2:-2]
+    assert [factor["name"] for factor in json.loads((experiment / "factors.json").read_text())] == [f.name for f in FACTORS]
     design = manifest.groupby(["group", "batch", "treatment", "drug"]).size()
     assert len(design) == 2 * 2 * 2 * 2  # each donor: both batches, all four conditions
     for row in manifest.itertuples():

@@ -1,0 +1,157 @@
+"""The verbs of the package as functions: what the command line does, in a script or a notebook."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from imgshared.config import (
+    EvaluateConfig,
+    Experiment,
+    PredictConfig,
+    PrepareConfig,
+    SimulateConfig,
+    load,
+    validate,
+)
+from imgshared.data.prepare import PrepareSummary
+from imgshared.data.prepare import prepare as _prepare
+from imgshared.data.segment import SegmentSettings
+from imgshared.data.simulate import simulate as _simulate
+from imgshared.data.store import CellStore
+from imgshared.evaluation.evaluate import Evaluation
+from imgshared.evaluation.evaluate import evaluate as _evaluate
+from imgshared.prediction import Run, load_run
+from imgshared.prediction import predict as _predict
+from imgshared.training.loop import train as _train
+
+PathLike = str | Path
+
+
+def open_store(path: PathLike) -> CellStore:
+    """Open a cell store (or a store of predictions) for reading."""
+    return CellStore(path)
+
+
+def simulate(out: PathLike, *, console: Console | None = None, **settings: Any) -> Path:
+    """Simulate images with known shared and specific factors; settings are those of `SimulateConfig`."""
+    config = _settings(SimulateConfig, settings)
+    with _bar(console, "simulate") as moved:
+        return _simulate(Path(out), **_shallow(config), progress=lambda done, total: moved("simulate", done, total))
+
+
+def prepare(
+    manifest: PathLike, out: PathLike, *, overwrite: bool = False, console: Console | None = None, **settings: Any
+) -> PrepareSummary:
+    """Turn a manifest and its images into a cell store; settings are those of `PrepareConfig`."""
+    config = _settings(PrepareConfig, settings)
+    arguments = _shallow(config) | {"segment": SegmentSettings(**_shallow(config.segment))}
+    with _bar(console, "prepare") as moved:
+        return _prepare(
+            Path(manifest), Path(out), **arguments, overwrite=overwrite,
+            progress=lambda done, total, image: moved(f"prepare {image}", done, total),
+        )  # fmt: skip
+
+
+def train(
+    config: PathLike | Experiment,
+    *overrides: str,
+    out: PathLike | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> Run:
+    """Train what a YAML file (with ``"key=value"`` overrides) or an `Experiment` describes, and open the run.
+
+    Without `out` the run goes to ``runs/<name of the configuration>``.
+    """
+    experiment = config if isinstance(config, Experiment) else load(Experiment, Path(config), overrides)
+    if out is None:
+        name = experiment.method.name if isinstance(config, Experiment) else Path(config).stem
+        out = Path("runs") / name
+    _train(experiment, Path(out), resume=resume, console=console or Console())
+    return load_run(out)
+
+
+def predict(
+    run: Run | PathLike,
+    store: CellStore | PathLike,
+    out: PathLike | None = None,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+    **settings: Any,
+) -> Path:
+    """Predict a store's unmeasured stains into a new store; settings are those of `PredictConfig`.
+
+    Without `out` it goes to ``<run>/predictions/<name of the store>.zarr``.
+    """
+    run, store = _opened(run, store)
+    out = Path(out) if out is not None else run.path / "predictions" / f"{store.path.stem}.zarr"
+    config = _settings(PredictConfig, settings)
+    with _bar(console, "predict") as moved:
+        return _predict(
+            run, store, out, config, overwrite=overwrite, progress=lambda done, total: moved("predict", done, total)
+        )
+
+
+def evaluate(
+    run: Run | PathLike,
+    store: CellStore | PathLike,
+    out: PathLike | None = None,
+    *,
+    console: Console | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Judge a run on the held-out groups of a store and write the report; settings are those of `EvaluateConfig`.
+
+    Without `out` it goes to ``<run>/evaluation/<name of the store>``.
+    """
+    run, store = _opened(run, store)
+    out = Path(out) if out is not None else run.path / "evaluation" / store.path.stem
+    config = _settings(EvaluateConfig, settings)
+    with _bar(console, "evaluate") as moved:
+        return _evaluate(run, store, out, config, progress=moved)
+
+
+def _opened(run: Run | PathLike, store: CellStore | PathLike) -> tuple[Run, CellStore]:
+    return (
+        run if isinstance(run, Run) else load_run(run),
+        store if isinstance(store, CellStore) else CellStore(store),
+    )
+
+
+def _settings(kind: type[Any], settings: dict[str, Any]) -> Any:
+    if set(settings) == {"config"} and isinstance(settings["config"], kind):
+        return settings["config"]
+    return validate(kind, settings, f"{kind.__name__}")
+
+
+def _shallow(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+class _bar:
+    """A progress bar on a console, or none: a callable ``(what, done, total)`` for the time of a `with` block."""
+
+    def __init__(self, console: Console | None, what: str) -> None:
+        self._console, self._what = console, what
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        if self._console is None:
+            return lambda what, done, total: None
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=self._console,
+        )  # fmt: skip
+        task = self._progress.add_task(self._what, total=None)
+        self._progress.start()
+        return lambda what, done, total: self._progress.update(task, description=what, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        if self._console is not None:
+            self._progress.stop()

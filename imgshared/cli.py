@@ -1,0 +1,168 @@
+"""The command line: a thin layer over `imgshared.api`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from imgshared.config import EvaluateConfig, Experiment, PredictConfig, PrepareConfig, SimulateConfig, dump, load
+from imgshared.types import InputError
+
+DESCRIPTION = """\
+Shared and specific information in multiplexed chromatin/protein microscopy:
+predict unmeasured stains, and check the predictions.
+
+  imgshared demo                                     see everything work, on simulated cells
+  imgshared prepare manifest.csv cells.zarr          images and a table to a cell store
+  imgshared train configs/apollo.yaml data=cells.zarr
+  imgshared predict runs/apollo cells.zarr           unmeasured stains and latents
+  imgshared evaluate runs/apollo cells.zarr labels=[drug]
+"""
+
+KINDS: dict[str, type[Any]] = {
+    "simulate": SimulateConfig,
+    "prepare": PrepareConfig,
+    "train": Experiment,
+    "predict": PredictConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, 2 for input that cannot be used, 130 where interrupted."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.settings = [word for word in rest if "=" in word and not word.startswith("-")]
+    strange = [word for word in rest if word not in arguments.settings]
+    if strange or (rest and arguments.verb == "demo"):
+        parser.error(f"unrecognised: {' '.join(strange or rest)}")
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="zarr|anndata|lightning_fabric")
+    try:
+        arguments.run(arguments)
+    except InputError as error:
+        print(f"imgshared: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = " The run's last checkpoint is whole: the same command with --resume goes on." if arguments.verb == "train" else ""
+        print(f"\nimgshared: interrupted.{hint}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("imgshared", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from importlib.metadata import version
+
+    parser.add_argument("--version", action="version", version=f"imgshared {version('imgshared')}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND", title="commands")
+
+    demo = _verb(verbs, "demo", _demo, "simulate, prepare, train, predict, evaluate: a report in under 10 minutes", settings=False)
+    demo.add_argument("out", nargs="?", type=Path, default=Path("demo"), help="folder to write (default: demo)")
+
+    simulate = _verb(verbs, "simulate", _simulate, "multiplexed images with known shared and specific factors")
+    simulate.add_argument("out", type=Path, help="folder to write: images, masks, manifest.csv, cells.csv")
+
+    prepare = _verb(verbs, "prepare", _prepare, "manifest + images (+ label masks) to a cell store")
+    prepare.add_argument("manifest", type=Path, help="CSV or Parquet, one row an image: image, mask, group, any labels")
+    prepare.add_argument("out", type=Path, help="the store to write, e.g. cells.zarr")
+    prepare.add_argument("--overwrite", action="store_true", help="replace an existing store")
+
+    train = _verb(verbs, "train", _train, "train a method; Ctrl-C leaves a checkpoint", config="positional")
+    train.add_argument("--out", type=Path, help="run folder (default: runs/<name of the configuration>)")
+    train.add_argument("--resume", action="store_true", help="continue exactly where the last checkpoint stands")
+
+    predict = _verb(verbs, "predict", _predict, "unmeasured stains and latents of every cell, in raw intensity units")
+    _run_and_store(predict)
+    predict.add_argument("--out", type=Path, help="the store to write (default: <run>/predictions/<store>.zarr)")
+    predict.add_argument("--overwrite", action="store_true", help="replace existing predictions")
+
+    evaluate = _verb(verbs, "evaluate", _evaluate, "held-out groups: fidelity, classifiers, latent probes, a report")
+    _run_and_store(evaluate)
+    evaluate.add_argument("--out", type=Path, help="folder to write (default: <run>/evaluation/<store>)")
+
+    show = verbs.add_parser("config", help="print every setting of a command as YAML, checked and resolved")
+    show.set_defaults(run=_show)
+    show.add_argument("kind", choices=list(KINDS), help="the command whose settings to print")
+    show.add_argument("--config", type=Path, help="a YAML file to check and resolve")
+    return parser
+
+
+def _verb(
+    verbs: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, *, settings: bool = True, config: str = "option"
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.set_defaults(run=run)
+    if settings:
+        parser.epilog = f"Settings are key=value, e.g. a.b=2e-4: `imgshared config {name}` prints every key with its default."
+        if config == "option":
+            parser.add_argument("--config", type=Path, help="a YAML file of settings")
+        else:
+            parser.add_argument("config", type=Path, help="a YAML file, e.g. configs/apollo.yaml")
+    return parser
+
+
+def _run_and_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="run", type=Path, help="run folder")
+    parser.add_argument("store", type=Path, help="cell store")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _simulate(a: argparse.Namespace) -> None:
+    from imgshared import api
+
+    print(api.simulate(a.out, console=_console(), config=load(SimulateConfig, a.config, a.settings)))
+
+
+def _prepare(a: argparse.Namespace) -> None:
+    from imgshared import api
+
+    config = load(PrepareConfig, a.config, a.settings)
+    print(api.prepare(a.manifest, a.out, overwrite=a.overwrite, console=_console(), config=config))
+
+
+def _train(a: argparse.Namespace) -> None:
+    from imgshared import api
+
+    api.train(a.config, *a.settings, out=a.out, resume=a.resume, console=_console())
+
+
+def _predict(a: argparse.Namespace) -> None:
+    from imgshared import api
+
+    config = load(PredictConfig, a.config, a.settings)
+    print(api.predict(a.run_folder, a.store, a.out, overwrite=a.overwrite, console=_console(), config=config))
+
+
+def _evaluate(a: argparse.Namespace) -> None:
+    from imgshared import api
+
+    config = load(EvaluateConfig, a.config, a.settings)
+    print(api.evaluate(a.run_folder, a.store, a.out, console=_console(), config=config).report)
+
+
+def _demo(a: argparse.Namespace) -> None:
+    from imgshared.demo import demo
+
+    demo(a.out, _console())
+
+
+def _show(a: argparse.Namespace) -> None:
+    settings = a.settings
+    if a.kind == "train" and a.config is None and not any(s.startswith("data=") for s in settings):
+        settings = ["data=cells.zarr", *settings]  # the only key without a default
+    print(dump(load(KINDS[a.kind], a.config, settings)), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""The report's figures: matplotlib to PNG as base64, in colours that colour-blind readers can tell apart."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+INK, SOFT, RULE = "#1d2433", "#6b7280", "#d8dce3"
+BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"  # Okabe-Ito
+COLOURS = {
+    "real": INK,
+    "full": GREEN,
+    "shared": PINK,
+    "predicted": BLUE,
+    "chromatin": YELLOW,
+    "linear": ORANGE,
+    "marker_mean": "#9aa1ad",
+}
+SAID = {
+    "real": "real stain",
+    "full": "full reconstruction",
+    "shared": "shared reconstruction",
+    "predicted": "predicted from chromatin",
+    "chromatin": "chromatin alone",
+    "linear": "floor: linear on blurred chromatin",
+    "marker_mean": "floor: mean picture of the marker",
+}
+STYLE: dict[str, Any] = {"fontsize": 9, "color": INK}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One cell to show: (Y, X) images in normalised units and a caption, e.g. ``"median, r 0.81"``."""
+
+    source: NDArray[np.float32]
+    real: NDArray[np.float32]
+    predicted: NDArray[np.float32]
+    caption: str
+
+
+def gallery(marker: str, source: str, examples: Sequence[Example], pixel_size_um: float | None) -> str:
+    """Show cells as rows: chromatin | real | predicted | difference, with a scale bar.
+
+    Real and predicted share one contrast for the marker, the 0.5 to 99.5 percentile of the real stains shown; the
+    difference spans the same width about zero.
+    """
+    low, high = np.percentile([e.real for e in examples], (0.5, 99.5))
+    width = max(float(high - low), 1e-3)
+    dark, light = np.percentile([e.source for e in examples], (0.5, 99.5))
+    # Sizes in inches, so that every crop is a square whatever the number of rows.
+    side, gap, left, top = 1.3, 0.05, 0.95, 0.34
+    total = (left + 4 * (side + gap), top + len(examples) * (side + gap) + 0.34)
+    figure = Figure(total, facecolor="white")
+    for row, example in enumerate(examples):
+        pictures = (
+            (example.source, "gray", dark, light),
+            (example.real, "gray", low, high),
+            (example.predicted, "gray", low, high),
+            (example.predicted - example.real, "PuOr", -width, width),
+        )
+        bottom = total[1] - top - (row + 1) * (side + gap)
+        for column, (image, colours, vmin, vmax) in enumerate(pictures):
+            place = (left + column * (side + gap), bottom, side, side)
+            ax = figure.add_axes(tuple(v / total[i % 2] for i, v in enumerate(place)))  # type: ignore[arg-type]
+            ax.imshow(image, cmap=colours, vmin=vmin, vmax=vmax, interpolation="nearest")
+            ax.set_axis_off()
+            if row == 0:
+                ax.set_title((source, "real", "predicted", "predicted − real")[column], pad=5, fontsize=10.5, color=INK)
+        middle = (bottom + side / 2) / total[1]
+        figure.text(0.06 / total[0], middle, example.caption, va="center", fontsize=10, color=SOFT, linespacing=1.4)
+    _scale_bar(figure, total, (left, side, gap), examples[0].real.shape[1], pixel_size_um)
+    span = f"contrast {low:.2f} to {high:.2f}, difference ±{width:.2f}"
+    figure.text((left + 4 * (side + gap) - gap) / total[0], 0.1 / total[1], span, ha="right", fontsize=8.5, color=SOFT)
+    figure.text(0.06 / total[0], 1 - 0.2 / total[1], marker, fontsize=11, color=INK, fontweight="bold")
+    return encode(figure, dpi=150)
+
+
+def _scale_bar(
+    figure: Figure, total: tuple[float, float], grid: tuple[float, float, float], pixels: int, size_um: float | None
+) -> None:
+    left, side, _ = grid
+    extent = pixels * (size_um or 1)
+    length = max(v for v in (1, 2, 5, 10, 20, 50, 100, 200) if v <= max(extent / 3, 1))
+    end = left + side * length / extent
+    line = figure.add_axes((left / total[0], 0.16 / total[1], (end - left) / total[0], 0.035 / total[1]))
+    line.set_facecolor(INK)
+    line.set(xticks=[], yticks=[])
+    unit = "µm" if size_um else "px"
+    figure.text((end + 0.08) / total[0], 0.1 / total[1], f"{length} {unit}", fontsize=9, color=INK)
+
+
+def forest(
+    rows: Sequence[tuple[str, Sequence[tuple[str, float, float, float]]]],
+    label: str,
+    chance: float | None = None,
+    *,
+    width: float = 7.2,
+) -> str:
+    """Draw values with intervals: (name, [(kind, value, low, high), ...]) a row, kinds coloured as in `COLOURS`."""
+    kinds = [k for k in COLOURS if any(k == kind for _, points in rows for kind, *_ in points)]
+    step = 0.125
+    heights = [max(len(points), 2) * step + 0.17 for _, points in rows]
+    tall = sum(heights) + 0.55
+    columns = 3 if width > 6 else 2
+    figure = Figure((width, tall + 0.24 * math.ceil(len(kinds) / columns)), facecolor="white", layout="constrained")
+    ax = figure.subplots()
+    if chance is not None:
+        ax.axvline(chance, color=SOFT, lw=0.9, ls=(0, (4, 3)), zorder=0)
+    y, ticks = 0.0, []
+    for (_, points), height in zip(rows, heights, strict=True):
+        ticks.append(y + (len(points) - 1) * step / 2)
+        for i, (kind, value, low, high) in enumerate(points):
+            at = y + i * step
+            ax.plot([low, high], [at, at], color=COLOURS[kind], lw=1.8, solid_capstyle="butt", alpha=0.75)
+            ax.plot(value, at, "o", ms=4.6, color=COLOURS[kind])
+        y += height
+        ax.axhline(y - 0.17 / 2 - step, color=RULE, lw=0.6, zorder=0)
+    ax.set_ylim(y - step - 0.05, -step)
+    ax.set_yticks(ticks, [name for name, _ in rows], **STYLE)
+    ax.set_xlabel(label, **STYLE)
+    _clean(ax, "x")
+    ax.spines["left"].set_visible(False)
+    handles = [ax.plot([], [], "o-", ms=4.6, lw=1.8, color=COLOURS[k], label=SAID[k])[0] for k in kinds]
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=8, labelcolor=INK)
+    return encode(figure)
+
+
+def scatter(pairs: Mapping[str, tuple[NDArray[Any], NDArray[Any], str]]) -> str:
+    """Mean intensity of each cell, a panel a marker: (real, predicted, caption); the line is equality."""
+    figure, axes = _grid(len(pairs), 4, 1.85)
+    for ax, (marker, (real, predicted, caption)) in zip(axes, pairs.items(), strict=False):
+        low, high = (
+            float(f([real.min(), predicted.min()] if f is min else [real.max(), predicted.max()])) for f in (min, max)
+        )
+        ax.plot([low, high], [low, high], color=SOFT, lw=0.8)
+        size = float(np.clip(900 / max(len(real), 1), 1.2, 9))
+        ax.scatter(real, predicted, s=size, alpha=0.45, color=BLUE, linewidths=0, rasterized=True)
+        ax.set_title(f"{marker}\n{caption}", **STYLE)
+        ax.set_xlabel("real", **STYLE)
+        ax.set_ylabel("predicted", **STYLE)
+        _clean(ax)
+    return encode(figure)
+
+
+def training_curves(rows: Iterable[Mapping[str, Any]]) -> str | None:
+    """Loss by epoch, a panel a stage, training light and validation groups dark; None where nothing was logged."""
+    table = pd.DataFrame(list(rows))
+    if table.empty or not {"stage", "split", "step", "epoch"} <= set(table):
+        return None
+    hidden = {"step", "epoch", "stage", "split", "time_s", "cells_per_s"}
+    stages = list(dict.fromkeys(table["stage"]))
+    figure, axes = _grid(len(stages), 2, 2.4, width=3.6)
+    for ax, stage in zip(axes, stages, strict=False):
+        part = table[table["stage"] == stage]
+        found = [
+            c
+            for c in part.columns
+            if c not in hidden and pd.api.types.is_numeric_dtype(part[c]) and part[c].notna().any()
+        ]
+        names = [c for c in ("total", "loss") if c in found][:1] or found
+        for colour, name in zip((BLUE, ORANGE, GREEN, PINK, YELLOW, SKY), names, strict=False):
+            for split, alpha in (("train", 0.4), ("val", 1.0)):
+                curve = part[part["split"] == split].dropna(subset=[name])
+                if curve.empty:
+                    continue
+                said = {"train": "training groups", "val": "validation groups"}[split]
+                ax.plot(
+                    curve["step"],
+                    curve[name],
+                    color=colour,
+                    alpha=alpha,
+                    lw=1.6,
+                    label=f"{name}, {said}",
+                    marker="o" if len(curve) < 3 else "",
+                    ms=3,
+                )
+        ax.set_title(f"stage: {stage}", **STYLE)
+        ax.set_xlabel("step", **STYLE)
+        ax.set_ylabel("loss", **STYLE)
+        ax.legend(frameon=False, fontsize=7.5, labelcolor=INK)
+        _clean(ax)
+    return encode(figure)
+
+
+def latent_maps(latents: Mapping[str, NDArray[Any]], colours: Mapping[str, Any]) -> str:
+    """First two principal components of each latent (rows), coloured by each label or factor (columns).
+
+    `colours` holds text (classes) or floats (viridis) a cell; cells whose latent is unknown are left out.
+    """
+    rows, columns = len(latents), len(colours)
+    width = 7.2 / max(columns, 3)
+    figure, grid = _grid(rows * columns, columns, width, width=width)
+    for i, (name, values) in enumerate(latents.items()):
+        known = np.isfinite(values).all(1)
+        points = _principal(values[known].astype(np.float64))
+        for j, (title, colour) in enumerate(colours.items()):
+            ax = grid[i * columns + j]
+            _colour_points(figure, ax, points, np.asarray(colour)[known], explain=i == rows - 1)
+            ax.set_title(f"by {title}" if i == 0 else "", **STYLE)
+            ax.set_ylabel(name if j == 0 else "", **STYLE)
+            ax.set(xticks=[], yticks=[])
+            for spine in ax.spines.values():
+                spine.set_color(RULE)
+    return encode(figure)
+
+
+def _principal(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    x = (x - x.mean(0)) / np.maximum(x.std(0), 1e-9)
+    left, strength, _ = np.linalg.svd(x, full_matrices=False)
+    points: NDArray[np.float64] = (left * strength)[:, :2]
+    return points if points.shape[1] == 2 else np.column_stack([points[:, 0], np.zeros(len(x))])
+
+
+def _colour_points(figure: Figure, ax: Axes, points: NDArray[Any], colour: NDArray[Any], *, explain: bool) -> None:
+    """Draw the dots; the last row of a column explains its colours below."""
+    size = float(np.clip(2000 / max(len(points), 1), 1.5, 9))
+    if colour.dtype.kind == "f":
+        low, high = np.nanpercentile(colour, (2, 98)) if np.isfinite(colour).any() else (0, 1)
+        dots = ax.scatter(
+            points[:, 0], points[:, 1], c=colour, s=size, cmap="viridis", vmin=low, vmax=high, linewidths=0
+        )
+        if explain:
+            bar = figure.colorbar(dots, ax=ax, location="bottom", shrink=0.8, aspect=22, pad=0.04)
+            bar.ax.tick_params(labelsize=8, colors=SOFT, length=2)
+            bar.outline.set_visible(False)
+        return
+    classes = sorted(set(colour))
+    palette = (BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, INK, SOFT)
+    for k, value in enumerate(classes[: len(palette)]):  # the first eight classes; more colours could not be told apart
+        x, y = points[colour == value].T
+        ax.scatter(x, y, s=size, color=palette[k], label=str(value), linewidths=0, alpha=0.8)
+    if explain:
+        place: dict[str, Any] = {
+            "loc": "upper center",
+            "bbox_to_anchor": (0.5, -0.02),
+            "ncols": 2,
+            "columnspacing": 0.8,
+        }
+        ax.legend(frameon=False, fontsize=8, markerscale=2.2, handletextpad=0.1, labelcolor=INK, **place)
+
+
+def encode(figure: Figure, dpi: int = 130) -> str:
+    """Return the figure as a ``data:`` address, so that the report needs no second file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _grid(count: int, columns: int, height: float, width: float = 1.8) -> tuple[Figure, list[Axes]]:
+    columns = max(min(count, columns), 1)
+    rows = math.ceil(count / columns)
+    figure = Figure((max(columns * width, 1), max(rows * height, 1)), facecolor="white", layout="constrained")
+    axes = list(np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel())
+    for ax in axes[count:]:
+        ax.set_axis_off()
+    return figure, axes
+
+
+def _clean(ax: Axes, grid: Literal["x", "y"] | None = None) -> None:
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        ax.spines[side].set_color(RULE)
+    ax.tick_params(colors=SOFT, labelsize=8, length=2.5, color=RULE)
+    ax.tick_params(axis="y", labelcolor=INK if grid == "x" else SOFT)
+    if grid:
+        ax.grid(axis=grid, color=RULE, lw=0.5)
+        ax.set_axisbelow(True)

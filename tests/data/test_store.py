@@ -1,0 +1,90 @@
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+from imgshared.data.panel import Panel
+from imgshared.data.store import IMAGES, MASKS, CellStore, StoreWriter, panel_table
+from imgshared.types import InputError
+
+PANEL = Panel(("DNA", "LaminB1"), "DNA", {"LaminB1": ("LMNB1", "lamin")})
+
+
+def rows(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 999, (count, 2, 16, 16)).astype(np.uint16), rng.random((count, 16, 16)) > 0.5
+
+
+def write(path, blocks, **options):
+    writer = StoreWriter(path, **options)
+    for images, masks in blocks:
+        writer.append(**{IMAGES: images, MASKS: masks})
+    count = sum(len(images) for images, _ in blocks)
+    obs = pd.DataFrame(
+        {"group": pd.Categorical(["a"] * count)}, index=pd.Index([str(i) for i in range(count)], name="cell_id")
+    )
+    return writer.finish(
+        obs,
+        panel_table(PANEL),
+        np.ones((count, 2)),
+        layers={"measured": np.ones((count, 2), bool)},
+        obsm={"spatial": np.zeros((count, 2))},
+        info={"crop_px": 16, "pixel_size_um": 0.5},
+    )
+
+
+def test_rows_come_back_in_order_whatever_the_blocks(tmp_path):
+    images, masks = rows(1300)
+    a = CellStore(write(tmp_path / "a.zarr", [(images, masks)]))
+    b = CellStore(write(tmp_path / "b.zarr", [(images[i : i + 7], masks[i : i + 7]) for i in range(0, 1300, 7)]))
+    for store in (a, b):
+        np.testing.assert_array_equal(store.images(), images)
+        np.testing.assert_array_equal(store.masks(), masks)
+    cells = np.array([1299, 3, 3, 640])
+    np.testing.assert_array_equal(a.images(cells), images[cells])
+    assert a.images(np.array([], int)).shape == (0, 2, 16, 16)
+
+
+def test_what_the_store_knows(tmp_path):
+    store = CellStore(write(tmp_path / "a.zarr", [rows(5)]))
+    assert store.panel == PANEL
+    assert (len(store), store.crop_px, store.pixel_size_um, store.dtype) == (5, 16, 0.5, np.uint16)
+    assert store.measured.dtype == bool
+    assert set(store.obsm_names()) == {IMAGES, MASKS, "spatial"}
+
+
+def test_anndata_opens_it(tmp_path):
+    data = anndata.read_zarr(write(tmp_path / "a.zarr", [rows(5)]))
+    assert data.shape == (5, 2)
+    np.testing.assert_array_equal(data.obsm[IMAGES], rows(5)[0])
+
+
+def test_data_hash_tells_crops_apart(tmp_path):
+    hashes = [CellStore(write(tmp_path / f"{i}.zarr", [rows(5, seed)])).data_hash for i, seed in enumerate((0, 0, 1))]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_an_existing_store_is_replaced_only_when_asked(tmp_path):
+    path = write(tmp_path / "a.zarr", [rows(5)])
+    with pytest.raises(InputError, match=r"a\.zarr exists already"):
+        write(path, [rows(6)])
+    assert len(CellStore(path)) == 5
+    assert len(CellStore(write(path, [rows(6)], overwrite=True))) == 6
+
+
+def test_an_interrupted_store_is_no_store(tmp_path):
+    writer = StoreWriter(tmp_path / "a.zarr")
+    writer.append(**{IMAGES: rows(3)[0]})
+    with pytest.raises(InputError, match=r"no store at .*a\.zarr.*interrupted run left .*run the command again"):
+        CellStore(tmp_path / "a.zarr")
+    writer.partial.rename(tmp_path / "b.zarr")
+    with pytest.raises(InputError, match=r"b\.zarr is not a whole cell store"):
+        CellStore(tmp_path / "b.zarr")
+
+
+def test_what_is_no_store(tmp_path):
+    with pytest.raises(InputError, match=r"no store at .*none\.zarr"):
+        CellStore(tmp_path / "none.zarr")
+    (tmp_path / "file.zarr").write_text("no")
+    with pytest.raises(InputError, match=r"file\.zarr is not a Zarr store"):
+        CellStore(tmp_path / "file.zarr")

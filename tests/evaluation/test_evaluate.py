@@ -1,0 +1,144 @@
+"""The whole evaluation on planted signals: what can be known is found, what cannot stays at chance."""
+
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from imgshared.config import EvaluateConfig
+from imgshared.evaluation.evaluate import evaluate
+from imgshared.types import InputError
+
+CONFIG = EvaluateConfig(labels=("drug", "switch"), factors=("size", "switched"), bootstrap=200)
+
+
+@pytest.fixture
+def store(world, tmp_path):
+    return world.store(tmp_path / "cells.zarr")
+
+
+@pytest.fixture
+def done(world, run, store, tmp_path):
+    return evaluate(run, store, tmp_path / "out", CONFIG, predict=world.predict)
+
+
+def auroc(found, label, marker, given):
+    t = found.classifiers
+    row = t[(t.label == label) & (t.marker == marker) & (t.input == given) & (t.score == "auroc")]
+    return row["value"].item()
+
+
+def test_evaluation_of_planted_signals(done, tmp_path, world, run):
+    # A label that only the real stain shows.
+    assert auroc(done, "switch", "Foci", "real") > 0.95
+    assert auroc(done, "switch", "Foci", "full") > 0.95
+    for given in ("predicted", "chromatin", "shared"):
+        assert 0.35 < auroc(done, "switch", "Foci", given) < 0.65
+    # A label that all stains share.
+    assert auroc(done, "drug", "Rim", "predicted") > 0.95
+    assert auroc(done, "drug", "Rim", "chromatin") > 0.9
+    verdicts = done.labels.set_index(["label", "marker"])["verdict"]
+    assert verdicts["switch", "Foci"] == "lost"
+    assert verdicts["switch", "Rim"] == "not in the real stain"
+    assert verdicts["drug", "Rim"] == "kept"
+
+    # Every input is given by the same cells: those with Foci.
+    counts = done.classifiers.query("label == 'switch' and marker == 'Foci'")["cells"].unique()
+    held = world.obs["group"].isin(run.split.test).to_numpy()
+    assert list(counts) == [int((held & world.measured[:, 2]).sum())]
+
+    # Fidelity: the prediction of Rim clears the floors, by the right cells.
+    assert done.stains.set_index("marker").loc["Rim", "verdict"] == "clears both floors"
+    rim = done.fidelity.query("marker == 'Rim' and score == 'pearson'").set_index("prediction")
+    assert rim.loc["predicted", "low"] <= rim.loc["predicted", "value"] <= rim.loc["predicted", "high"]
+    assert rim.loc["predicted", "cells"] == held.sum()
+
+    # Probes: size is shared, the switch is Foci's own.
+    probes = done.probes.set_index(["latent", "target", "score"])["value"]
+    assert probes["z_s [DNA]", "size", "r2"] > 0.9
+    assert probes["z_s [DNA]", "switched", "r2"] < 0.1
+    assert probes["z_m [Foci]", "switched", "r2"] > 0.6
+    assert probes["z_m [Foci]", "switch", "auroc"] > 0.95
+
+    out = tmp_path / "out"
+    assert sorted(p.name for p in out.iterdir()) == [
+        "cells.csv",
+        "metrics.json",
+        "probabilities.parquet",
+        "report.html",
+    ]
+    assert json.loads((out / "metrics.json").read_text()) == done.metrics
+    cells = pd.read_csv(out / "cells.csv")
+    assert {"cell_id", "image", "group", "drug", "marker", "pearson", "intensity_real"} <= set(cells)
+    assert set(cells["group"]) == set(run.split.test)
+    p = pd.read_parquet(out / "probabilities.parquet")
+    np.testing.assert_allclose(p.query("label == 'drug'")[["p_control", "p_treated"]].sum(axis=1), 1)
+    check_report(done.report.read_text())
+
+
+class Reader(HTMLParser):
+    """Collect addresses, text and the balance of tags."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses, self.text, self.open = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.addresses += [v for k, v in attrs if k in ("src", "href")]
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def check_report(html):
+    reader = Reader()
+    reader.feed(html)
+    assert not reader.open
+    assert all(a.startswith(("#", "data:image/png;base64,")) for a in reader.addresses)
+    assert "http" not in html.replace("http-equiv", "")
+    text = " ".join(reader.text)
+    for word in ("DNA", "Rim", "Foci", "clears both floors", "Provenance", "donor08", "drug", "z_m [Foci]"):
+        assert word in text
+    assert sum(a.startswith("data:") for a in reader.addresses) >= 7
+
+
+def test_labels_are_not_needed(world, run, store, tmp_path):
+    found = evaluate(run, store, tmp_path / "out", EvaluateConfig(bootstrap=100, max_cells=80), predict=world.predict)
+    assert found.classifiers.empty
+    assert found.metrics["cells_used"] == {"train": 80, "test": 80}
+    assert "a random sample" in found.report.read_text()
+
+
+def test_classifiers_from_training_cells(world, run, store, tmp_path):
+    config = EvaluateConfig(labels=("drug",), train_on="train", bootstrap=100)
+    found = evaluate(run, store, tmp_path / "out", config, predict=world.predict)
+    assert auroc(found, "drug", "Rim", "predicted") > 0.95
+
+
+def test_a_group_on_both_sides_is_refused(world, run, store, tmp_path):
+    config = EvaluateConfig(labels=("drug",), group="one", train_on="train", bootstrap=100)
+    with pytest.raises(InputError, match="one 'same' has cells on both sides"):
+        evaluate(run, store, tmp_path / "out", config, predict=world.predict)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": ("drog",)}, "Did you mean 'drug'"),
+        ({"labels": ("one",)}, "'one' has one class"),
+        ({"factors": ("image",)}, "holds no numbers"),
+        ({"labels": ("drug",), "label_values": ("treted",)}, "Did you mean 'treated'"),
+        ({"labels": ("drug",), "folds": 5}, "5 folds need 5"),
+    ],
+)
+def test_bad_input_is_named(world, run, store, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        evaluate(run, store, tmp_path / "out", EvaluateConfig(bootstrap=100, **change), predict=world.predict)
+    assert not (tmp_path / "out" / "report.html").exists()
