@@ -30,6 +30,8 @@ from imgshared.prediction import Run, load_run
 from imgshared.prediction import predict as _predict
 from imgshared.training.loop import train as _train
 
+__all__ = ["evaluate", "load_run", "open_store", "predict", "prepare", "simulate", "train"]
+
 PathLike = str | Path
 
 

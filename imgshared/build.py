@@ -20,7 +20,9 @@ def build_panel(experiment: Experiment, store: CellStore) -> Panel:
         return panel
     kept = {panel.markers[c] for c in panel.indices(experiment.markers)} | {panel.chromatin}
     return Panel(
-        tuple(m for m in panel.markers if m in kept), panel.chromatin, {m: a for m, a in panel.aliases.items() if m in kept}
+        tuple(m for m in panel.markers if m in kept),
+        panel.chromatin,
+        {m: a for m, a in panel.aliases.items() if m in kept},
     )
 
 
@@ -55,9 +57,7 @@ def build_method(config: MethodConfig, panel: Panel, crop_px: int) -> Method:
 
 def build_augment(config: AugmentConfig, method: MethodConfig) -> Augment:
     """Return the augmentation, refusing geometry for a method whose latents belong to one picture of a cell."""
-    geometry = paired_geometry(
-        flips=config.flips, rotate_deg=config.rotate_deg, scale=config.scale, shift=config.shift
-    )
+    geometry = paired_geometry(flips=config.flips, rotate_deg=config.rotate_deg, scale=config.scale, shift=config.shift)
     if geometry and isinstance(method, ApolloConfig) and not method.one_step:
         raise InputError(
             "augment: apollo's free latents belong to one picture of each cell, so flips, rotate_deg, scale and shift "

@@ -49,20 +49,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"imgshared: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = " The run's last checkpoint is whole: the same command with --resume goes on." if arguments.verb == "train" else ""
+        hint = (
+            " The run's last checkpoint is whole: the same command with --resume goes on."
+            if arguments.verb == "train"
+            else ""
+        )
         print(f"\nimgshared: interrupted.{hint}", file=sys.stderr)
         return 130
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("imgshared", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "imgshared", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     from importlib.metadata import version
 
     parser.add_argument("--version", action="version", version=f"imgshared {version('imgshared')}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND", title="commands")
 
-    demo = _verb(verbs, "demo", _demo, "simulate, prepare, train, predict, evaluate: a report in under 10 minutes", settings=False)
+    demo = _verb(
+        verbs,
+        "demo",
+        _demo,
+        "simulate, prepare, train, predict, evaluate: a report in under 10 minutes",
+        settings=False,
+    )
     demo.add_argument("out", nargs="?", type=Path, default=Path("demo"), help="folder to write (default: demo)")
 
     simulate = _verb(verbs, "simulate", _simulate, "multiplexed images with known shared and specific factors")
@@ -94,12 +106,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _verb(
-    verbs: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, *, settings: bool = True, config: str = "option"
+    verbs: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+    *,
+    settings: bool = True,
+    config: str = "option",
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + "."
+    )
     parser.set_defaults(run=run)
     if settings:
-        parser.epilog = f"Settings are key=value, e.g. a.b=2e-4: `imgshared config {name}` prints every key with its default."
+        parser.epilog = (
+            f"Settings are key=value, e.g. a.b=2e-4: `imgshared config {name}` prints every key with its default."
+        )
         if config == "option":
             parser.add_argument("--config", type=Path, help="a YAML file of settings")
         else:

@@ -99,7 +99,7 @@ class NormaliseConfig:
 class AugmentConfig:
     """Training-time changes. Geometry is the same for all channels of a cell, intensity differs by channel.
 
-    apollo's latents belong to one picture of a cell: its geometry must stay off, and its intensity noise acts in stage 2.
+    apollo's latents belong to one picture of a cell: its geometry must stay off; its intensity noise acts in stage 2.
     """
 
     flips: bool = False  # mirror images and right angles
@@ -193,7 +193,9 @@ class EvaluateConfig:
     group: str = "group"  # unit of the intervals
     fold: str | None = None  # unit of the folds; None: the same as group
     folds: Annotated[int, Field(ge=2)] = 4
-    train_on: Literal["test", "train"] = "test"  # classifiers: folds among the test groups, or trained on training groups
+    train_on: Literal["test", "train"] = (
+        "test"  # classifiers: folds among the test groups, or trained on training groups
+    )
     classifiers: tuple[Literal["features", "cnn"], ...] = ("features",)
     cnn: str = "resnet10t"  # any timm model
     cnn_epochs: Annotated[int, Field(ge=1)] = 15
@@ -274,7 +276,9 @@ def _convert(value: Any) -> Any:
 
 
 def _explain(kind: type[Any], error: Any, origin: str) -> str:
-    names = [str(part) for part in error["loc"] if not re.match(r"^(tuple|float|function|constrained|list|dict)", str(part))]
+    names = [
+        str(part) for part in error["loc"] if not re.match(r"^(tuple|float|function|constrained|list|dict)", str(part))
+    ]
     dotted = ".".join(names)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = sorted(keys(kind))

@@ -29,7 +29,9 @@ def demo(out: Path, console: Console) -> Path:
     console.rule("1/5 simulate: 8 donors, two staining batches, two treatments")
     api.simulate(images, console=console, cells=1600, donors=8)
     console.rule("2/5 prepare: images and masks to single-cell crops")
-    console.print(str(api.prepare(images / "manifest.csv", store, console=console, cells=images / "cells.csv")), highlight=False)
+    console.print(
+        str(api.prepare(images / "manifest.csv", store, console=console, cells=images / "cells.csv")), highlight=False
+    )
     console.rule("3/5 train: apollo, donors D07 and D08 held out")
     experiment = validate(Experiment, {"data": str(store), **EXPERIMENT}, "the demo")
     run = api.train(experiment, out=out / "run", console=console)

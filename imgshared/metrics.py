@@ -178,4 +178,4 @@ def _sums(groups: ArrayLike, values: ArrayLike) -> NDArray[np.float64]:
 def _ratio(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
     """Divide, NaN where the denominator is zero or NaN."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.divide(a, b, out=np.full(np.broadcast_shapes(a.shape, b.shape), np.nan), where=b != 0)
+    return np.asarray(np.divide(a, b, out=np.full(np.broadcast_shapes(a.shape, b.shape), np.nan), where=b != 0))

@@ -57,7 +57,7 @@ class Feed:
     world: int = 1
 
     def __post_init__(self) -> None:
-        self.measured = torch.from_numpy(self.store.measured[np.ix_(self.cells, list(self.channels))])
+        self.measured = torch.from_numpy(self.store.measured[self.cells][:, list(self.channels)])
         self._crops: Tensor | None = None
         if self.residency != "stream":
             self._crops = self._read(self.cells)
@@ -96,10 +96,7 @@ class Feed:
             yield from (self._finish(*raw) for raw in read_ahead(work, lambda item: self._gather(*item)))
 
     def _gather(self, rows: Tensor, geometry: Any, seed: int) -> tuple[Tensor, Tensor]:
-        if self._crops is None:
-            raw = self._read(self.cells[rows.numpy()])
-        else:
-            raw = self._crops[rows.to(self._crops.device)]
+        raw = self._read(self.cells[rows.numpy()]) if self._crops is None else self._crops[rows.to(self._crops.device)]
         return rows, geometry(raw, seed) if geometry else raw
 
     def _finish(self, rows: Tensor, raw: Tensor) -> Batch:
@@ -115,7 +112,11 @@ class Feed:
 
 
 def choose_residency(
-    wish: Literal["auto", "device", "memory", "stream"], store: CellStore, cells: int, channels: int, device: torch.device
+    wish: Literal["auto", "device", "memory", "stream"],
+    store: CellStore,
+    cells: int,
+    channels: int,
+    device: torch.device,
 ) -> Residency:
     """Return where the crops live: on the device or in memory where they take less than half of what is free there."""
     if wish != "auto":
@@ -145,6 +146,7 @@ def read_ahead(work: Iterator[Any], read: Callable[[Any], Any]) -> Iterator[Any]
                 return queue.put((kind, value), timeout=0.1)
             except Full:
                 continue
+        return None
 
     def run() -> None:
         try:

@@ -55,7 +55,9 @@ class Normaliser:
         return torch.sinh(x) * self.cofactor if self.transform == "arcsinh" else x
 
     def _bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = (torch.tensor(v, dtype=torch.float32, device=x.device)[:, None, None] for v in (self.low, self.high))
+        low, high = (
+            torch.tensor(v, dtype=torch.float32, device=x.device)[:, None, None] for v in (self.low, self.high)
+        )
         return low, high
 
     def select(self, channels: Sequence[int]) -> Normaliser:
@@ -97,7 +99,9 @@ def fit_normaliser(
         marker = store.panel.markers[channel]
         stained = cells[store.measured[cells, channel]]
         if not len(stained):
-            raise InputError(f"marker {marker!r} is measured in no training cell: leave it out (markers=...) or change the split")
+            raise InputError(
+                f"marker {marker!r} is measured in no training cell: leave it out (markers=...) or change the split"
+            )
         chosen = np.sort(rng.choice(stained, min(len(stained), FIT_CELLS), replace=False))
         raw = torch.from_numpy(store.images(chosen)[:, channel].astype(np.float32))
         x = Normaliser(transform, cofactor, (0.0,), (1.0,)).forward(raw[:, None]).numpy()

@@ -46,7 +46,9 @@ class Panel:
         for marker in self.markers:
             for name in {marker.lower(), *(a.lower() for a in self.aliases.get(marker, ()))}:
                 if name in seen:
-                    raise InputError(f"markers {seen[name]!r} and {marker!r} both answer to the name {name!r}: rename one")
+                    raise InputError(
+                        f"markers {seen[name]!r} and {marker!r} both answer to the name {name!r}: rename one"
+                    )
                 seen[name] = marker
         if self.chromatin not in self.markers:
             raise InputError(

@@ -41,7 +41,9 @@ class Split:
 def column(obs: pd.DataFrame, name: str) -> pd.Series[Any]:
     """Return an obs column, or raise `InputError` with the nearest name."""
     if name not in obs:
-        raise InputError(f"no column {name!r} among {', '.join(map(str, obs.columns))}.{nearest(name, map(str, obs.columns))}")
+        raise InputError(
+            f"no column {name!r} among {', '.join(map(str, obs.columns))}.{nearest(name, map(str, obs.columns))}"
+        )
     return obs[name]
 
 

@@ -67,7 +67,7 @@ def cnn_probabilities(
                 with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device.type)):
                     loss = F.cross_entropy(network(_augment(load(train, rows), rng)).float(), target, weight)
                 optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimiser.step()
                 schedule.step()
     network.eval()

@@ -86,7 +86,7 @@ def shape_features(masks: NDArray[np.bool_]) -> Floats:
     n, height, width = masks.shape
     strip = np.zeros((n, height + 1, width), np.int32)  # one tall labelled picture, cells kept apart by a blank row
     strip[:, :height] = masks * np.arange(1, n + 1, dtype=np.int32)[:, None, None]
-    table = regionprops_table(strip.reshape(-1, width), properties=("label", *SHAPE))  # type: ignore[no-untyped-call]
+    table = regionprops_table(strip.reshape(-1, width), properties=("label", *SHAPE))
     return pd.DataFrame(table).set_index("label").reindex(range(1, n + 1), fill_value=0).to_numpy(np.float32)
 
 

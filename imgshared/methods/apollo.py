@@ -228,7 +228,9 @@ class Apollo(Method):
         is_chromatin[self.chromatin] = True
         proteins = measured & ~is_chromatin
         if proteins_per_cell is not None:
-            rank = (torch.rand(proteins.shape, device=proteins.device) + proteins).argsort(1, descending=True).argsort(1)
+            rank = (
+                (torch.rand(proteins.shape, device=proteins.device) + proteins).argsort(1, descending=True).argsort(1)
+            )
             proteins = proteins & (rank < proteins_per_cell)
         found = [("chromatin", measured & is_chromatin), ("protein", proteins)]
         return [Stains(name, *pairs) for name, mask in found if len((pairs := mask.nonzero(as_tuple=True))[0])]

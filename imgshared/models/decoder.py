@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,7 @@ class LatentDecoder(nn.Module):
         )
         layers: list[nn.Module] = []
         down = list(channels)[::-1]
-        for n_in, n_out in zip(down[:-1], down[1:], strict=True):
+        for n_in, n_out in itertools.pairwise(down):
             layers += [
                 nn.ConvTranspose2d(n_in, n_out, 4, 2, 1, bias=False),
                 nn.BatchNorm2d(n_out),

@@ -79,7 +79,8 @@ def final_side(crop_px: int, channels: Sequence[int]) -> int:
     if rest or side < 1:
         fits = [n for n in range(1, len(channels)) if crop_px % 2**n == 0]
         raise InputError(
-            f"crops of {crop_px} px cannot be halved {len(channels)} times (method.channels has {len(channels)} entries)"
-            + (f": use {fits[-1]}" if fits else "") + ", or prepare crops of another size"
+            f"crops of {crop_px} px cannot be halved {len(channels)} times, once for each of method.channels"
+            + (f": use {fits[-1]}" if fits else "")
+            + ", or prepare crops of another size"
         )
-    return side
+    return int(side)

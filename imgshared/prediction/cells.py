@@ -70,7 +70,7 @@ def predict_batches(
     channels = run.contract.check(store)
     chosen = torch.zeros(len(run.panel), dtype=torch.bool)
     chosen[run.panel.indices(sources or [run.panel.chromatin])] = True
-    without = ~(store.measured[np.ix_(cells, channels)] & chosen.numpy()).any(1)
+    without = ~(store.measured[cells][:, channels] & chosen.numpy()).any(1)
     if without.any():
         names = ", ".join(m for m, c in zip(run.panel.markers, chosen, strict=True) if c)
         raise InputError(f"{store.path}: {int(without.sum())} cells have none of the sources measured ({names})")
@@ -115,7 +115,10 @@ def _join(parts: Sequence[PredictedCells]) -> PredictedCells:
         return {key: np.concatenate([getattr(p, name)[key] for p in parts]) for key in getattr(parts[0], name)}
 
     return PredictedCells(
-        *(np.concatenate([getattr(p, name) for p in parts]) for name in ("cells", "real", "measured", "masks")),
+        np.concatenate([p.cells for p in parts]),
+        np.concatenate([p.real for p in parts]),
+        np.concatenate([p.measured for p in parts]),
+        np.concatenate([p.masks for p in parts]),
         joined("images"),
         joined("shared"),
         joined("specific"),

@@ -49,7 +49,9 @@ def predict(
     writer = StoreWriter(out, overwrite=overwrite)
     frames = OmeFrames(run, store, targets, Path(f"{out}.ome")) if config.ome_tiff else None
     normaliser = run.normaliser.select(targets)
-    means, measured, done = [], [], 0
+    means: list[Floats] = []
+    measured: list[NDArray[np.bool_]] = []
+    done = 0
     batches = predict_batches(
         run, store, np.arange(len(store)), sources=config.sources, full=config.full, shared=config.shared,
         batch_size=config.batch_size,
@@ -75,14 +77,18 @@ def predict(
     if frames:
         frames.close()
     return writer.finish(
-        store.obs, panel_table(run.panel).iloc[targets], np.concatenate(means), layers={"measured": np.concatenate(measured)},
-        obsm={"spatial": store.obsm("spatial")}, info=_info(run, store, config),
-    )  # fmt: skip
+        store.obs,
+        panel_table(run.panel).iloc[targets],
+        np.concatenate(means),
+        layers={"measured": np.concatenate(measured)},
+        obsm={"spatial": store.obsm("spatial")},
+        info=_info(run, store, config),
+    )
 
 
 def _mean_in_mask(images: Floats, masks: NDArray[np.bool_]) -> Floats:
     area = np.maximum(masks.sum((1, 2)), 1)[:, None]
-    return (np.einsum("ncyx,nyx->nc", images, masks.astype(np.float32)) / area).astype(np.float32)
+    return np.asarray(np.einsum("ncyx,nyx->nc", images, masks.astype(np.float32)) / area, np.float32)
 
 
 def _info(run: Run, store: CellStore, config: PredictConfig) -> dict[str, Any]:

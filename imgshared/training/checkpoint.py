@@ -102,7 +102,12 @@ class Contract:
             )
         for term, ours, theirs, mend in (
             ("crop size (px)", self.crop_px, store.crop_px, f"prepare with crop_px={self.crop_px}"),
-            ("pixel size (um)", self.pixel_size_um, store.pixel_size_um, f"prepare with pixel_size_um={self.pixel_size_um}"),
+            (
+                "pixel size (um)",
+                self.pixel_size_um,
+                store.pixel_size_um,
+                f"prepare with pixel_size_um={self.pixel_size_um}",
+            ),
             ("dtype", self.dtype, str(store.dtype), "convert the images, or train on data of this kind"),
         ):
             if not _same(ours, theirs):
@@ -204,5 +209,5 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -35,9 +35,10 @@ def make_fabric(
 def has_bf16(accelerator: str) -> bool:
     """Say whether the hardware multiplies bf16 natively."""
     if accelerator == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return accelerator == "cpu" and bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-                                         and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if accelerator != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], world: int) -> None:

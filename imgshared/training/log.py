@@ -64,7 +64,13 @@ class RunLog:
         if not self.active:
             return
         seconds = self._seconds + time.monotonic() - self._started
-        row: dict[str, Any] = {"step": step, "epoch": epoch, "stage": stage, "split": split, "time_s": round(seconds, 3)}
+        row: dict[str, Any] = {
+            "step": step,
+            "epoch": epoch,
+            "stage": stage,
+            "split": split,
+            "time_s": round(seconds, 3),
+        }
         self._file.write(json.dumps(row | {k: float(v) for k, v in values.items()}) + "\n")
         self._file.flush()
         for name, value in values.items():

@@ -138,7 +138,7 @@ class Trainer:
                     with self.fabric.autocast():
                         terms = self.method.loss(batch, player)
                     optimizer.zero_grad(set_to_none=True)
-                    terms.total.backward()  # type: ignore[no-untyped-call]
+                    terms.total.backward()
                     average_gradients(self.method.parameters(), self.fabric.world_size)
                     optimizer.step()
                     meter.add(terms, len(batch.index) * self.fabric.world_size)
@@ -176,9 +176,10 @@ class Trainer:
         loss = values["loss"]
         at.smooth = loss if math.isnan(at.smooth) else 0.9 * at.smooth + 0.1 * loss
         if not math.isfinite(loss) or at.smooth > self.config.diverged * max(at.smooth_best, 1e-8):
+            what = f"grew to {loss:.3g}" if math.isfinite(loss) else "is not a number"
             raise Diverged(
-                f"the loss {'is not a number' if not math.isfinite(loss) else f'grew to {loss:.3g}'} in stage {stage.name}, "
-                f"epoch {at.epoch}, step {at.total}. The last good checkpoint is kept in {self.run}. "
+                f"the loss {what} in stage {stage.name}, epoch {at.epoch}, step {at.total}. The last good checkpoint is kept "
+                f"in {self.run}. "
                 "Try a smaller learning rate (method.lr_...), or train.precision=float32"
             )
         at.smooth_best = min(at.smooth_best, at.smooth)
@@ -236,7 +237,9 @@ class Trainer:
     def _take_up(self) -> None:
         self._resumed, contract = load(last_path(self.run))
         if contract.data_hash != self.contract.data_hash:
-            raise InputError(f"{self.experiment.data} is not the store that {self.run} was begun with: its data hash differs")
+            raise InputError(
+                f"{self.experiment.data} is not the store that {self.run} was begun with: its data hash differs"
+            )
         self.method.load_state_dict(self._resumed["model"])
         for name, table in self.method.tables.items():
             table.load(self._resumed["tables"][name])

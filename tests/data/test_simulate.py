@@ -46,7 +46,9 @@ def test_tables_describe_the_files(experiment: Path) -> None:
     assert len(cells) == 203
     assert not cells.isna().any(axis=None)
     assert set(cells["image"]) == set(manifest["image"])
-    assert [factor["name"] for factor in json.loads((experiment / "factors.json").read_text())] == [f.name for f in FACTORS]
+    assert [factor["name"] for factor in json.loads((experiment / "factors.json").read_text())] == [
+        f.name for f in FACTORS
+    ]
     design = manifest.groupby(["group", "batch", "treatment", "drug"]).size()
     assert len(design) == 2 * 2 * 2 * 2  # each donor: both batches, all four conditions
     for row in manifest.itertuples():

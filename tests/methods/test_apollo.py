@@ -13,7 +13,13 @@ from imgshared.methods.apollo import Apollo
 from imgshared.types import Batch
 
 SMALL = ApolloConfig(
-    channels=(8, 16, 12), shared_channels=8, shared_dim=6, specific_dim=4, marker_dim=5, latent_epochs=2, encoder_epochs=2
+    channels=(8, 16, 12),
+    shared_channels=8,
+    shared_dim=6,
+    specific_dim=4,
+    marker_dim=5,
+    latent_epochs=2,
+    encoder_epochs=2,
 )
 
 
@@ -54,7 +60,9 @@ def test_stage_2_regresses_the_learnt_latents() -> None:
     method.start(method.stages[1])
     terms = method.loss(batch, "generator").parts
     z_s, z_c = method.encoders["chromatin"](batch.images[:, 1:2])
-    assert terms["chromatin/z_shared"].item() == pytest.approx(F.mse_loss(z_s, method.tables["shared"].values).item(), rel=1e-4)
+    assert terms["chromatin/z_shared"].item() == pytest.approx(
+        F.mse_loss(z_s, method.tables["shared"].values).item(), rel=1e-4
+    )
     rows = batch.measured.flatten().cumsum(0).reshape(10, 4)[:, 1] - 1
     want = F.mse_loss(z_c, method.tables["specific"].values[rows])
     assert terms["chromatin/z_specific"].item() == pytest.approx(want.item(), rel=1e-4)

@@ -78,7 +78,11 @@ def test_run_folder_holds_what_a_reviewer_asks_for(whole: Path, store: Path) -> 
     assert "torch" in json.loads((whole / "environment.json").read_text())["packages"]
     assert any((whole / "tensorboard").iterdir())
     rows = read_metrics(whole)
-    assert {(r["stage"], r["split"]) for r in rows} == {("latents", "train"), ("encoders", "train"), ("encoders", "val")}
+    assert {(r["stage"], r["split"]) for r in rows} == {
+        ("latents", "train"),
+        ("encoders", "train"),
+        ("encoders", "val"),
+    }
     assert all(r["loss"] > 0 for r in rows)
 
 
@@ -164,7 +168,10 @@ def test_two_ranks_share_the_cells(store: Path, tmp_path: Path) -> None:
     config.write_text(dump(experiment(store)))
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
-        command(config, out, launcher=launcher), capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command(config, out, launcher=launcher),
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     tree, _ = checkpoint.load(out / "checkpoints" / "last.safetensors")
@@ -189,7 +196,10 @@ def test_early_stopping_keeps_the_best(store: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
-    [(["method.lr_decoder=1e30"], "not a number"), (["method.likelihood=mse", "method.norm_weight=1e6", "method.lr_latent=50"], "grew")],
+    [
+        (["method.lr_decoder=1e30"], "not a number"),
+        (["method.likelihood=mse", "method.norm_weight=1e6", "method.lr_latent=50"], "grew"),
+    ],
 )
 def test_divergence_stops_and_keeps_good_weights(overrides: list[str], said: str, store: Path, tmp_path: Path) -> None:
     e = experiment(store, *overrides, "method.latent_epochs=40", "train.checkpoint_minutes=0", "train.log_every=1")
