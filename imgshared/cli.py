@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -33,14 +34,19 @@ KINDS: dict[str, type[Any]] = {
 }
 
 
+SETTING = re.compile(r"[A-Za-z_][^/\\=]*=")  # key=value; a path with = in its first part is written ./a=b
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 0, 2 for input that cannot be used, 130 where interrupted."""
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    arguments.settings = [word for word in rest if "=" in word and not word.startswith("-")]
-    strange = [word for word in rest if word not in arguments.settings]
-    if strange or (rest and arguments.verb == "demo"):
-        parser.error(f"unrecognised: {' '.join(strange or rest)}")
+    words = list(sys.argv[1:] if argv is None else argv)
+    pairs = zip(["", *words], words, strict=False)
+    settings = [word for before, word in pairs if SETTING.match(word) and before not in ("--config", "--out")]
+    arguments, rest = parser.parse_known_args([word for word in words if word not in settings])
+    arguments.settings = settings
+    if rest or (settings and arguments.verb == "demo"):
+        parser.error(f"unrecognised: {' '.join(rest or settings)}")
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="zarr|anndata|lightning_fabric")
     try:

@@ -21,7 +21,7 @@ from imgshared.types import InputError
 CLOSED = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
-Length = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(um|µm|px)$")]  # "6 um" or "12 px"
+Length = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(um|µm|μm|px)$")]  # "6 um" or "12 px"
 
 
 @dataclass(config=CLOSED, frozen=True)
@@ -132,10 +132,10 @@ class ApolloConfig:
     kl_weight: Annotated[float, Field(ge=0)] = 1e-7  # one_step only
     match_weight: Annotated[float, Field(ge=0)] = 1.0  # one_step only: shared latents of a cell's stains agree
     proteins_per_step: Annotated[int, Field(ge=1)] | None = None  # None: all of a cell's proteins in every step
-    latent_epochs: Annotated[int, Field(ge=1)] = 60  # stage 1 (all epochs with one_step)
-    encoder_epochs: Annotated[int, Field(ge=1)] = 40  # stage 2
+    latent_epochs: Annotated[int, Field(ge=1)] = 40  # stage 1 (all epochs with one_step)
+    encoder_epochs: Annotated[int, Field(ge=1)] = 30  # stage 2
     lr_decoder: Positive = 1e-3
-    lr_latent: Positive = 3e-2
+    lr_latent: Positive = 1e-1
     lr_encoder: Positive = 1e-3
 
 
@@ -229,9 +229,9 @@ def load(kind: type[T], path: Path | None = None, overrides: Sequence[str] = ())
 
 
 def validate(kind: type[T], tree: Mapping[str, Any], origin: str) -> T:
-    """Turn plain data into a configuration; see `load`."""
+    """Turn plain data into a configuration; see `load`. PyYAML reads 2e-4 as a string: the schema makes it a number."""
     try:
-        return TypeAdapter(kind).validate_python(_convert(tree))
+        return TypeAdapter(kind).validate_python(tree)
     except ValidationError as error:
         raise InputError("\n".join(_explain(kind, e, origin) for e in error.errors())) from error
 
@@ -247,6 +247,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
         raise InputError(f"no configuration at {path}") from error
+    except OSError as error:
+        raise InputError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -263,24 +265,16 @@ def _assign(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     tree[keys[-1]] = value
 
 
-_NUMBER = re.compile(r"^[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+$")
-
-
-def _convert(value: Any) -> Any:
-    """PyYAML reads 2e-4 as a string (YAML 1.1 wants 2.0e-4), and numbers where a group is called 7."""
-    if isinstance(value, Mapping):
-        return {k: _convert(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_convert(v) for v in value]
-    return float(value) if isinstance(value, str) and _NUMBER.match(value) else value
+_UNION_MEMBER = re.compile(r"float$|tuple\[|constrained-|function-")  # how pydantic marks which type of a union failed
 
 
 def _explain(kind: type[Any], error: Any, origin: str) -> str:
-    names = [
-        str(part) for part in error["loc"] if not re.match(r"^(tuple|float|function|constrained|list|dict)", str(part))
-    ]
+    *above, last = map(str, error["loc"])
+    names = [part for part in above if not _UNION_MEMBER.match(part)]
+    unknown = error["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+    names += [last] if unknown or not _UNION_MEMBER.match(last) else []
     dotted = ".".join(names)
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if unknown:
         known = sorted(keys(kind))
         close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5) or [
             k for k in known if k.rsplit(".", 1)[-1] == names[-1]

@@ -13,8 +13,8 @@ from imgshared.types import InputError
 
 EXPERIMENT = {
     "split": {"by": "group", "test": ["D07", "D08"], "val": ["D06"]},
-    "method": {"name": "apollo", "proteins_per_step": 1, "latent_epochs": 36, "encoder_epochs": 24},
-    "train": {"patience": 8},
+    "method": {"name": "apollo", "proteins_per_step": 1, "latent_epochs": 32, "encoder_epochs": 20},
+    "train": {"patience": 5},
 }
 SHARED = ("nuclear_area", "shape_x", "shape_y", "heterochromatin")
 SPECIFIC = ("lamin_level", "foxo_switch", "foci", "tubulin_level", "cd45_level")

@@ -19,7 +19,7 @@ FIT_CELLS = 2000  # cells a marker from which the percentiles are taken
 
 @dataclass(frozen=True)
 class Normaliser:
-    """Per-marker ``(f(raw) - low) / (high - low)`` with f linear, square root or arcsinh(raw / cofactor).
+    """Per-marker ``(f(raw) - low) / (high - low)`` with f linear, (signed) square root or arcsinh(raw / cofactor).
 
     Nothing is clipped, so the map is invertible; `high` is a percentile, so a few pixels exceed 1.
 
@@ -40,7 +40,7 @@ class Normaliser:
         """Normalise (..., C, Y, X) raw intensities, float32 out."""
         x = raw.to(torch.float32)
         if self.transform == "sqrt":
-            x = x.clamp(min=0).sqrt()
+            x = x.sign() * x.abs().sqrt()  # signed: background-subtracted images have negative pixels
         elif self.transform == "arcsinh":
             x = torch.asinh(x / self.cofactor)
         low, high = self._bounds(x)
@@ -51,7 +51,7 @@ class Normaliser:
         low, high = self._bounds(x)
         x = x.to(torch.float32) * (high - low) + low
         if self.transform == "sqrt":
-            return x.clamp(min=0).square()
+            return x * x.abs()
         return torch.sinh(x) * self.cofactor if self.transform == "arcsinh" else x
 
     def _bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,8 @@ The first pass (`plan.py`) reads headers only; the second, here, reads, segments
 from __future__ import annotations
 
 import dataclasses
-import errno
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -158,7 +155,7 @@ def prepare(
     if any(source.row.mask is None for source in plan.sources):
         for name in ("smooth", "background", "min_diameter", "max_diameter", "split"):
             length_px(getattr(segment, name), plan.pixel_size_um)
-    with _writer(out, overwrite) as writer:
+    with StoreWriter(out, overwrite=overwrite) as writer:
         pictures = _picture_folder(out) if qc else None
         tally = _Tally(plan, crop_px, mask_neighbours, segment, writer, pictures, joined)
         for done, source in enumerate(plan.sources, 1):
@@ -182,22 +179,6 @@ def _picture_folder(out: Path) -> Path:
     for old in folder.glob("*.png"):
         old.unlink()
     return folder
-
-
-@contextmanager
-def _writer(out: Path, overwrite: bool) -> Iterator[StoreWriter]:
-    """A store writer that leaves nothing behind where the work does not come to its end."""
-    writer = StoreWriter(out, overwrite=overwrite)
-    try:
-        yield writer
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(
-                f"the disk is full: {out} could not be written and was removed. Free space and run again"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(writer.partial, ignore_errors=True)  # gone already where the store was finished
 
 
 # --- second pass: pixels --------------------------------------------------------------------------------------------

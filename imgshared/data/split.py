@@ -64,8 +64,8 @@ def make_split(
     Raises
     ------
     InputError
-        For an unknown column or value, a value in two parts, an empty training part, or cells of one `group` on both
-        sides (where `by` is not "group").
+        For an unknown column or value, a value in two parts, an empty training part, a part that stratification leaves
+        empty, or cells of one `group` on both sides (where `by` is not "group").
     """
     values = column(obs, by).astype(str)
     known = sorted(values.unique())
@@ -79,6 +79,11 @@ def make_split(
     for part, wish in (("test", test), ("val", val)):
         if isinstance(wish, int | float) and wish > 0:
             named[part] = _draw(strata, wish * len(known), rng)
+            if stratify and not named[part]:
+                raise InputError(
+                    f"split: no {by} can go to {part}, every {stratify} has only one left to train on: "
+                    f"name the {part} values yourself, or leave out stratify"
+                )
             strata = [[v for v in stratum if v not in named[part]] for stratum in strata]
     train = sorted(v for stratum in strata for v in stratum)
     if not train:
@@ -111,8 +116,9 @@ def _draw(strata: list[list[str]], count: float, rng: np.random.Generator) -> li
     for stratum in strata:
         share = min(max(round(count * len(stratum) / max(total, 1)), 0), max(len(stratum) - 1, 0))
         drawn += list(rng.permutation(stratum)[:share])
-    if not drawn and total > 1:
-        drawn = [str(rng.choice(max(strata, key=len)))]
+    largest = max(strata, key=len, default=[])
+    if not drawn and len(largest) > 1:
+        drawn = [str(rng.choice(largest))]
     return [str(v) for v in drawn]
 
 

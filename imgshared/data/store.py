@@ -7,6 +7,7 @@ unknown), `obsm["single_cell_images"]` (N, C, Y, X) raw, `obsm["cell_masks"]` (N
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -14,7 +15,8 @@ import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import anndata
 import numpy as np
@@ -35,7 +37,8 @@ class StoreWriter:
     """Write an AnnData on Zarr as a stream: rows are appended to `obsm` arrays, the small tables come last.
 
     Everything is written beside, into ``<path>.partial``, and renamed when it is whole: an interrupted run leaves no
-    store that looks whole. Memory holds one shard an array, whatever the number of cells.
+    store that looks whole. As a context manager it also removes what is unfinished on leaving, and says where the disk
+    was full. Memory holds one shard an array, whatever the number of cells.
 
     Parameters
     ----------
@@ -59,6 +62,16 @@ class StoreWriter:
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._pending: dict[str, list[NDArray[Any]]] = {}
         self._hash = hashlib.sha256()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)  # gone already where the store was finished
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"the disk is full: {self.path} could not be written and was removed. Free space and run again"
+            ) from error
 
     def append(self, **rows: NDArray[Any]) -> None:
         """Append rows to `obsm` arrays; the first call fixes each array's row shape and dtype."""
@@ -161,7 +174,12 @@ class CellStore:
         """The markers in channel order."""
         var: pd.DataFrame = anndata.io.read_elem(self._root["var"])
         aliases = {str(m): tuple(str(text).split(";")) for m, text in var["aliases"].items() if text}
-        return Panel(tuple(map(str, var.index)), str(var.index[var["chromatin"].to_numpy(bool)][0]), aliases)
+        chromatin = var.index[var["chromatin"].to_numpy(bool)]
+        if not len(chromatin):
+            raise InputError(
+                f"{self.path} holds no chromatin stain: it is a store of predictions, not of measured cells"
+            )
+        return Panel(tuple(map(str, var.index)), str(chromatin[0]), aliases)
 
     @property
     def crop_px(self) -> int:
@@ -209,6 +227,8 @@ class CellStore:
         return anndata.read_zarr(self.path)
 
     def _array(self, name: str) -> zarr.Array[Any]:
+        if f"obsm/{name}" not in self._root:
+            raise InputError(f"{self.path} holds no {name}: it is not a store that `imgshared prepare` wrote")
         return self._root[f"obsm/{name}"]  # type: ignore[return-value]
 
     def _read(self, name: str, cells: NDArray[np.integer[Any]] | slice) -> NDArray[Any]:

@@ -32,6 +32,8 @@ def predict_cells(
 ) -> PredictedCells:
     """Predict cells into memory, in normalised units; see `predict_batches` for large stores."""
     cells = np.arange(len(store)) if cells is None else np.asarray(cells)
+    if not len(cells):
+        raise InputError(f"{store.path}: no cells to predict")
     parts = []
     done = 0
     for part in predict_batches(run, store, cells, sources=sources, full=full, shared=shared, batch_size=batch_size):
@@ -39,8 +41,6 @@ def predict_cells(
         done += len(part.cells)
         if progress:
             progress(done, len(cells))
-    if not parts:
-        raise InputError(f"{store.path}: no cells to predict")
     return _join(parts)
 
 

@@ -82,7 +82,12 @@ def load_run(path: str | Path, *, checkpoint: str = "best") -> Run:
         )
     tree, contract = load(file)
     method = build_method(experiment.method, contract.panel, contract.crop_px)
-    method.load_state_dict(tree["model"])
+    try:
+        method.load_state_dict(tree["model"])
+    except RuntimeError as error:
+        raise InputError(
+            f"{path / 'config.yaml'} was changed after training, {file} does not fit it: {error}"
+        ) from error
     fabric = make_fabric(experiment.train.accelerator, experiment.train.precision)
     method.to(fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     method.eval()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -41,17 +43,42 @@ def predict(
     Raises
     ------
     InputError
-        Where the store breaks the model's contract, a marker is unknown, or `out` exists.
+        Where the store breaks the model's contract, a marker is unknown, or `out` exists or is the store itself.
+        Nothing is left behind.
     """
     config = config or PredictConfig()
-    names = config.markers or run.panel.proteins
-    targets = run.panel.indices(names)
-    writer = StoreWriter(out, overwrite=overwrite)
-    frames = OmeFrames(run, store, targets, Path(f"{out}.ome")) if config.ome_tiff else None
+    targets = list(dict.fromkeys(run.panel.indices(config.markers or run.panel.proteins)))
+    here, source = Path(out).resolve(), store.path.resolve()
+    if here == source or here in source.parents or source in here.parents:
+        raise InputError(
+            f"{out} is, holds or lies in the store that is predicted: measured images are never overwritten"
+        )
+    with ExitStack() as stack:
+        writer = stack.enter_context(StoreWriter(out, overwrite=overwrite))
+        folder = Path(f"{out}.ome")
+        frames = stack.enter_context(OmeFrames(run, store, targets, folder, overwrite)) if config.ome_tiff else None
+        means, measured = _predict_all(run, store, targets, config, writer, frames, progress)
+        writer.finish(
+            store.obs, panel_table(run.panel).iloc[targets], means, layers={"measured": measured},
+            obsm={"spatial": store.obsm("spatial")}, info=_info(run, store, config),
+        )  # fmt: skip
+        if frames:
+            frames.finish()
+    return writer.path
+
+
+def _predict_all(
+    run: Run,
+    store: CellStore,
+    targets: Sequence[int],
+    config: PredictConfig,
+    writer: StoreWriter,
+    frames: OmeFrames | None,
+    progress: Progress | None,
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Write the images and latents batch by batch; return the cells' mean intensities and what was measured."""
     normaliser = run.normaliser.select(targets)
-    means: list[Floats] = []
-    measured: list[NDArray[np.bool_]] = []
-    done = 0
+    means, measured, done = [], [], 0
     batches = predict_batches(
         run, store, np.arange(len(store)), sources=config.sources, full=config.full, shared=config.shared,
         batch_size=config.batch_size,
@@ -74,16 +101,7 @@ def predict(
         done += len(part.cells)
         if progress:
             progress(done, len(store))
-    if frames:
-        frames.close()
-    return writer.finish(
-        store.obs,
-        panel_table(run.panel).iloc[targets],
-        np.concatenate(means),
-        layers={"measured": np.concatenate(measured)},
-        obsm={"spatial": store.obsm("spatial")},
-        info=_info(run, store, config),
-    )
+    return np.concatenate(means), np.concatenate(measured)
 
 
 def _mean_in_mask(images: Floats, masks: NDArray[np.bool_]) -> Floats:
@@ -109,37 +127,75 @@ def _info(run: Run, store: CellStore, config: PredictConfig) -> dict[str, Any]:
 
 
 class OmeFrames:
-    """One OME-TIFF an image: cells are frames (T), channels the measured stains and the predicted ones, float32."""
+    """One OME-TIFF an image: cells are frames (T), channels the measured stains and the predicted ones, float32.
 
-    def __init__(self, run: Run, store: CellStore, targets: Sequence[int], folder: Path) -> None:
-        if folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder} exists already: remove it, or predict to another name")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.run, self.store, self.targets, self.folder = run, store, targets, folder
+    Written beside, into ``<folder>.partial``, and renamed by `finish`; left without it, nothing remains.
+
+    Raises
+    ------
+    InputError
+        Where the folder exists (without `overwrite`), or two images of the store would share a file.
+    """
+
+    def __init__(self, run: Run, store: CellStore, targets: Sequence[int], folder: Path, overwrite: bool) -> None:
+        if folder.exists() and not overwrite:
+            raise InputError(f"{folder} exists already: choose another name, or pass --overwrite to replace it")
+        self.run, self.store, self.targets = run, store, targets
+        self.folder, self.partial = folder, Path(f"{folder}.partial")
         self.names = [*run.panel.markers, *(f"{run.panel.markers[t]} (predicted)" for t in targets)]
+        self._images = store.obs["image"].astype(str).to_numpy()
+        _refuse_shared_files(self._images)
         self._image: str | None = None
         self._frames: list[Floats] = []
+
+    def __enter__(self) -> Self:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)  # gone already where finished
 
     def add(self, part: PredictedCells, predicted: Floats) -> None:
         """Append cells, which come image by image in the order of the store."""
         real = self.run.normaliser.inverse(torch.from_numpy(part.real)).numpy() * part.measured[..., None, None]
-        images = self.store.obs["image"].astype(str).to_numpy()[part.cells]
+        images = self._images[part.cells]
         for image in dict.fromkeys(images):
             if image != self._image:
-                self.close()
+                self._write()
                 self._image = image
             rows = images == image
             self._frames.append(np.concatenate([real[rows], predicted[rows]], 1).astype(np.float32))
 
-    def close(self) -> None:
-        """Write the image at hand."""
+    def finish(self) -> None:
+        """Write the last image and give the folder its name."""
+        self._write()
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.partial.rename(self.folder)
+
+    def _write(self) -> None:
         if self._image is None:
             return
         size = self.store.pixel_size_um
         physical = {"PhysicalSizeX": size, "PhysicalSizeY": size, "PhysicalSizeXUnit": "µm", "PhysicalSizeYUnit": "µm"}
-        path = self.folder / f"{self._image.replace('/', '_')}.ome.tif"
         tifffile.imwrite(
-            path, np.concatenate(self._frames), photometric="minisblack", compression="zlib",
+            self.partial / _file_name(self._image), np.concatenate(self._frames), photometric="minisblack",
+            compression="zlib",
             metadata={"axes": "TCYX", "Channel": {"Name": self.names}, **(physical if size else {})},
         )  # fmt: skip
         self._image, self._frames = None, []
+
+
+def _file_name(image: str) -> str:
+    return f"{image.replace('/', '_')}.ome.tif"
+
+
+def _refuse_shared_files(images: NDArray[Any]) -> None:
+    blocks = images[np.append(True, images[1:] != images[:-1])]  # an image whose cells are apart would come twice
+    files, counts = np.unique([_file_name(image) for image in blocks], return_counts=True)
+    if (counts > 1).any():
+        raise InputError(
+            f"ome_tiff: the store would fill {files[counts > 1][0]} twice: its images share a name, or their cells "
+            "are not in one block"
+        )

@@ -137,6 +137,7 @@ def save(path: Path, tree: Mapping[str, Any], contract: Contract) -> None:
         "format": FORMAT,
         "imgshared": version("imgshared"),
         "contract": contract.to_dict(),
+        "tensors": _kinds(tensors),
         "plain": plain,
     }
     text = json.dumps(header, sort_keys=True)
@@ -168,14 +169,15 @@ def load(path: Path) -> tuple[dict[str, Any], Contract]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
         text = metadata["imgshared"]
         header = json.loads(text)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        written_by = header["format"], header["imgshared"]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is not a whole imgshared checkpoint ({error})") from error
-    if header["format"] != FORMAT:
+    if written_by[0] != FORMAT:
         raise InputError(
-            f"{path} has checkpoint format {header['format']} (imgshared {header['imgshared']}), this imgshared "
+            f"{path} has checkpoint format {written_by[0]} (imgshared {written_by[1]}), this imgshared "
             f"{version('imgshared')} reads format {FORMAT}: use that version, or train again"
         )
-    if _digest(tensors, text) != metadata.get("sha256"):
+    if _digest(tensors, text) != metadata.get("sha256") or header.get("tensors", _kinds(tensors)) != _kinds(tensors):
         raise InputError(f"{path} is damaged or was changed after training: its digest does not match")
     return _unflatten(header["plain"], tensors), Contract.from_dict(header["contract"])
 
@@ -203,6 +205,10 @@ def _unflatten(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
         else:
             out[key] = _unflatten(entry["tree"], tensors) if "tree" in entry else entry["value"]
     return out
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{t.dtype} {list(t.shape)}" for name, t in tensors.items()}
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -36,13 +37,12 @@ class RunLog:
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self._started = time.monotonic()
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[cells_per_s]:,.0f} cells/s  {task.fields[losses]}"),
+            _fixed("{task.description}", 9),
+            BarColumn(bar_width=12, table_column=Column(min_width=12)),
+            TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+            _fixed("left  {task.fields[cells_per_s]:,.0f} cells/s", 19),
+            TextColumn("{task.fields[losses]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=console,
         )
         self._progress.start()
@@ -87,6 +87,11 @@ class RunLog:
             self._progress.stop()
             self._file.close()
             self._board.close()
+
+
+def _fixed(text: str, width: int) -> TextColumn:
+    """A column that a narrow terminal does not squeeze."""
+    return TextColumn(text, table_column=Column(no_wrap=True, min_width=width))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

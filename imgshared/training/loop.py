@@ -81,20 +81,20 @@ class Trainer:
         store = CellStore(experiment.data)
         panel, split = build_panel(experiment, store), build_split(experiment, store)
         self.fabric = make_fabric(self.config.accelerator, self.config.precision)
-        begin_run(experiment, run, resume, self.fabric)
         normaliser = build_normaliser(experiment, store, panel, split)
         self.contract = Contract(
             panel, store.crop_px, store.pixel_size_um, str(store.dtype), normaliser, split, store.data_hash
         )
+        self.augment = build_augment(experiment.augment, experiment.method)
+        torch.manual_seed(mix(experiment.seed))
+        method = build_method(experiment.method, panel, store.crop_px)
+        begin_run(experiment, run, resume, self.fabric)  # after all that may refuse the configuration
         if self.fabric.is_global_zero:
             (run / "contract.json").write_text(json.dumps(self.contract.to_dict(), indent=2) + "\n")
         parts = split.assign(store.obs)
         self.feeds = {part: self._feed(store, (parts == part).nonzero()[0]) for part in ("train", "val")}
-        torch.manual_seed(mix(experiment.seed))
-        method = build_method(experiment.method, panel, store.crop_px)
         method.prepare(self.feeds["train"].measured, mix(experiment.seed, 1))
         self.method: Method = method.to(self.fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.augment = build_augment(experiment.augment, experiment.method)
         self.position = Position()
         self._resumed: dict[str, Any] = {}
         if resume and last_path(run).exists():
@@ -132,6 +132,7 @@ class Trainer:
         meter, saved = Meter(), time.monotonic()
         augment = self.augment if stage.augment else None
         while at.epoch < stage.epochs and not self._waited_enough(stage):
+            due = False
             for batch in feed.epoch(at.stage << 20 | at.epoch, at.step, augment):
                 torch.manual_seed(mix(self.experiment.seed, at.stage, at.epoch, at.step, self.fabric.global_rank))
                 for player, optimizer in optimizers.items():
@@ -147,7 +148,7 @@ class Trainer:
                 due = time.monotonic() - saved >= 60 * self.config.checkpoint_minutes
                 if due or self._stop_asked or meter.steps >= self.config.log_every:
                     self._report(meter, stage)
-                if due or self._stop_asked:
+                if self._stop_asked or (due and at.step < feed.steps):
                     self._save(optimizers)
                     saved = time.monotonic()
                 if self._stop_asked:
@@ -155,6 +156,9 @@ class Trainer:
             self._report(meter, stage)
             self._validate(stage)
             at.epoch, at.step = at.epoch + 1, 0
+            if due:  # after the last step of an epoch only now, so that a resumed run does not validate again
+                self._save(optimizers)
+                saved = time.monotonic()
         at.stage, at.epoch, at.step = at.stage + 1, 0, 0
         at.best, at.waited, at.smooth, at.smooth_best = math.inf, 0, math.nan, math.inf
         self._save()
@@ -178,8 +182,8 @@ class Trainer:
         if not math.isfinite(loss) or at.smooth > self.config.diverged * max(at.smooth_best, 1e-8):
             what = f"grew to {loss:.3g}" if math.isfinite(loss) else "is not a number"
             raise Diverged(
-                f"the loss {what} in stage {stage.name}, epoch {at.epoch}, step {at.total}. The last good checkpoint is kept "
-                f"in {self.run}. "
+                f"the loss {what} in stage {stage.name}, epoch {at.epoch}, step {at.total}. "
+                f"The last good checkpoint is kept in {self.run}. "
                 "Try a smaller learning rate (method.lr_...), or train.precision=float32"
             )
         at.smooth_best = min(at.smooth_best, at.smooth)
@@ -249,8 +253,7 @@ class Trainer:
         channels, fabric = store.panel.indices(self.contract.panel.markers), self.fabric
         wish = self.config.residency
         residency = choose_residency(wish, store, len(cells), len(channels), fabric.device)
-        geometry = self.experiment.augment.flips or self.experiment.augment.rotate_deg > 0
-        if residency == "device" and geometry:
+        if residency == "device" and self.augment.geometry:
             residency = "memory"  # albumentations works on the host
         return Feed(
             store, cells, channels, self.contract.normaliser, fabric.device, residency, self.config.batch_size,
@@ -301,15 +304,17 @@ class Meter:
 
     def take(self, fabric: Fabric) -> tuple[int, float, dict[str, float]]:
         """Return steps, cells a second and the means over all ranks, and begin anew."""
-        names = list(self._sums)
-        sums = torch.stack([self._sums[n] for n in names] + [torch.tensor(self._weight, device=fabric.device).double()])
-        if fabric.world_size > 1:
-            torch.distributed.all_reduce(sums)
-        *means, weight = sums.tolist()
+        values = torch.stack(list(self._sums.values())).tolist() if self._sums else []
+        parts = [(self._weight, dict(zip(self._sums, values, strict=True)))]
+        if fabric.world_size > 1:  # ranks may hold other terms, or no cells at all
+            parts *= fabric.world_size
+            torch.distributed.all_gather_object(parts, parts[0])
+        weight = sum(w for w, _ in parts)
+        names = dict.fromkeys(name for _, sums in parts for name in sums)
         rate = self._cells / max(time.monotonic() - self._since, 1e-9)
         steps = self.steps
         self.clear()
-        return steps, rate, {n: m / weight for n, m in zip(names, means, strict=True)}
+        return steps, rate, {n: sum(sums.get(n, 0.0) for _, sums in parts) / weight for n in names}
 
 
 def _plain_state(optimizer: Adam) -> dict[str, Any]:

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The studies of the README and their figures, from nothing but the project and the folder of real images.
+#   scripts/reproduce.sh DATA OUT
+# DATA holds bbbc013/ and imc_spleen/. Finished parts are not computed again. About an hour and a half on 2 CPU cores.
+set -euo pipefail
+[ $# -eq 2 ] || { sed -n 2,4p "$0"; exit 2; }
+here="$(cd "$(dirname "$0")/.." && pwd)"
+data="$(cd "$1" && pwd)"
+mkdir -p "$2"
+out="$(cd "$2" && pwd)"
+python="${PYTHON:-$here/.venv/bin/python}"
+cd "$here/scripts"
+"$python" study_bbbc013.py "$data" "$out/bbbc013" --record "$out/results/bbbc013.json"
+"$python" study_imc_spleen.py "$data" "$out/imc_spleen" --record "$out/results/imc_spleen.json"
+"$python" study_simulated.py "$out/simulated" --record "$out/results/simulated.json"
+"$python" benchmark_training.py --record "$out/results/training.json"
+"$python" figures.py "$out"

@@ -1,0 +1,125 @@
+"""A toy cell store and a tiny trained run, small enough for every test to use."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+
+from imgshared import api
+from imgshared.config import Experiment, validate
+from imgshared.data.panel import Panel
+from imgshared.data.store import CellStore, StoreWriter, panel_table
+from imgshared.prediction import Run
+
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # and a process that a test starts must add up in the same order
+
+MARKERS = ("DNA", "P1", "P2")
+
+
+def write_cells(
+    path: Path, images: np.ndarray, measured: np.ndarray, masks: np.ndarray, obs: pd.DataFrame, **changes: Any
+) -> Path:
+    """Write a store of given crops; `changes` are a panel, or entries of the store's info."""
+    panel = changes.pop("panel", Panel(MARKERS, "DNA"))
+    inside = masks[:, None].astype(bool)
+    means = (images * inside).sum((2, 3)) / inside.sum((2, 3))
+    writer = StoreWriter(path, overwrite=True)
+    writer.append(single_cell_images=images, cell_masks=masks)
+    info = {"kind": "cells", "crop_px": images.shape[-1], "pixel_size_um": 0.5, "dtype": str(images.dtype)}
+    return writer.finish(
+        obs,
+        panel_table(panel),
+        np.where(measured, means, np.nan),
+        layers={"measured": measured},
+        obsm={"spatial": np.zeros((len(obs), 2))},
+        info=info | changes,
+    )
+
+
+def toy_cells(cells: int = 80, groups: int = 5, px: int = 16, seed: int = 0) -> tuple[Any, Any, Any, Any]:
+    """Return images (n, 3, px, px) uint16, measured, masks, obs: a disc of DNA, two rings; P2 in every other cell."""
+    rng = np.random.default_rng(seed)
+    yy, xx = np.mgrid[:px, :px] - px / 2
+    radius = rng.uniform(px / 6, px / 3, cells)
+    r = radius[:, None, None]
+    distance = np.hypot(yy, xx)[None]
+    brightness = rng.uniform(0.5, 1.5, (2, cells))[..., None, None]
+    rings = [500 * (np.abs(distance - r * k) < 1.5) * b + 100 for k, b in zip((0.5, 1.0), brightness, strict=True)]
+    measured = np.ones((cells, 3), bool)
+    measured[::2, 2] = False
+    images = rng.poisson(np.stack([1000 * (distance < r) + 100, *rings], 1)).astype(np.uint16)
+    obs = pd.DataFrame(
+        {
+            "image": [f"image{i * groups // cells}" for i in range(cells)],
+            "group": pd.Categorical([f"g{i * groups // cells}" for i in range(cells)]),
+            "label": pd.Categorical(np.where(np.arange(cells) % 3 == 0, "treated", "control")),
+            "size": radius,
+        },
+        index=pd.Index([f"cell{i}" for i in range(cells)], name="cell_id"),
+    )
+    return (images * measured[..., None, None]).astype(np.uint16), measured, (distance < r).astype(np.uint8), obs
+
+
+@pytest.fixture(scope="session")
+def make_store() -> Callable[..., Path]:
+    """``make_store(path, cells=80, groups=5, px=16, seed=0)`` writes a toy store (again, where there is one)."""
+
+    def make(path: Path, **sizes: int) -> Path:
+        images, measured, masks, obs = toy_cells(**sizes)
+        return write_cells(path, images, measured, masks, obs)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy_path(tmp_path_factory: pytest.TempPathFactory, make_store: Callable[..., Path]) -> Path:
+    """The path of a toy store that no test changes."""
+    return make_store(tmp_path_factory.mktemp("toy") / "cells.zarr")
+
+
+@pytest.fixture(scope="session")
+def toy(toy_path: Path) -> CellStore:
+    """The toy store: DNA and P1 in 80 cells of 5 groups, P2 in every other one."""
+    return CellStore(toy_path)
+
+
+@pytest.fixture(scope="session")
+def tiny(toy_path: Path) -> Experiment:
+    """A configuration that trains on the toy store in seconds."""
+    method = {"channels": [8, 16, 12], "shared_channels": 8, "shared_dim": 8, "specific_dim": 4, "marker_dim": 4}
+    epochs = {"latent_epochs": 2, "encoder_epochs": 2}
+    plan = {
+        "data": str(toy_path),
+        "split": {"val": ["g3"], "test": ["g4"]},
+        "method": {"name": "apollo", **method, **epochs},
+        "train": {"batch_size": 16, "precision": "float32", "accelerator": "cpu"},
+    }
+    return validate(Experiment, plan, "tiny")
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """apollo, trained for a moment on the toy store in float32."""
+    return api.train(tiny, out=tmp_path_factory.mktemp("trained") / "run", console=Console(file=io.StringIO()))
+
+
+@pytest.fixture(scope="session")
+def write_store() -> Callable[..., Path]:
+    """``write_store(path, images, measured, masks, obs, **changes)`` writes any arrays; see `write_cells`."""
+    return write_cells
+
+
+@pytest.fixture
+def arrays() -> tuple[Any, Any, Any, Any]:
+    """images, measured, masks and obs of the toy store, to be changed and written by `write_store`."""
+    return toy_cells()

@@ -1,0 +1,137 @@
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from imgshared.data.augment import Augment, channel_intensity, paired_geometry
+from imgshared.data.feed import AHEAD, Feed, choose_residency, mix, read_ahead
+from imgshared.data.normalise import Normaliser
+
+NORMALISER = Normaliser("linear", 5.0, (100.0, 100.0), (1100.0, 600.0))
+CELLS = np.arange(3, 73)  # 70 cells, 4 batches of 16 and a rest of 6
+
+
+def feed(store, **changes):
+    settings = {"channels": [2, 0], "device": torch.device("cpu"), "residency": "memory", "batch_size": 16, "seed": 5}
+    return Feed(store, CELLS, normaliser=NORMALISER, **settings | changes)
+
+
+def assert_equal(a, b):
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b, strict=True):
+        for name in ("index", "images", "measured"):
+            assert torch.equal(getattr(x, name), getattr(y, name))
+
+
+def test_a_batch_holds_the_normalised_crops_of_its_cells(toy):
+    for batch in feed(toy).epoch(0):
+        rows = CELLS[batch.index.numpy()]
+        raw = torch.from_numpy(toy.images(rows)[:, [2, 0]].astype(np.float32))
+        measured = torch.from_numpy(toy.measured[np.ix_(rows, [2, 0])])
+        assert torch.equal(batch.measured, measured)
+        assert not measured.all()
+        assert (batch.images[~measured] == 0).all()  # not (0 - low) / (high - low)
+        torch.testing.assert_close(batch.images[measured], NORMALISER.forward(raw)[measured])
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_batches_are_a_function_of_seed_epoch_and_step(toy):
+    first = list(feed(toy).epoch(4))
+    assert_equal(first, list(feed(toy).epoch(4)))
+    assert not torch.equal(first[0].index, next(feed(toy).epoch(5)).index)
+    assert not torch.equal(first[0].index, next(feed(toy, seed=6).epoch(4)).index)
+    assert mix(1, 2) != mix(2, 1)
+
+
+def test_an_epoch_that_starts_late_gives_the_rest_of_the_same_sequence(toy):
+    change = Augment(
+        paired_geometry(flips=True, rotate_deg=0, scale=0, shift=0), channel_intensity(gain=0.2, noise=0.1)
+    )
+    whole = list(feed(toy).epoch(1, augment=change))
+    assert_equal(whole[2:], list(feed(toy).epoch(1, 2, augment=change)))
+
+
+def test_the_crops_may_live_anywhere(toy):
+    change = Augment(None, channel_intensity(gain=0.2, noise=0.1))
+    by_residency = {r: list(feed(toy, residency=r).epoch(2, augment=change)) for r in ("device", "memory", "stream")}
+    assert_equal(by_residency["device"], by_residency["memory"])
+    assert_equal(by_residency["device"], by_residency["stream"])
+
+
+def test_an_epoch_visits_every_cell_at_most_once_and_all_but_the_rest(toy):
+    batches = list(feed(toy).epoch(0))
+    seen = torch.cat([b.index for b in batches])
+    assert len(batches) == feed(toy).steps == 4
+    assert len(seen) == len(seen.unique()) == 64
+    assert feed(toy, batch_size=1000).steps == 1
+    assert len(next(feed(toy, batch_size=1000).epoch(0)).index) == 70
+
+
+def test_ranks_share_each_batch_without_overlap(toy):
+    alone = list(feed(toy, batch_size=18).epoch(3))
+    ranks = [list(feed(toy, batch_size=18, rank=r, world=4).epoch(3)) for r in range(4)]
+    for step, batch in enumerate(alone):
+        parts = torch.cat([ranks[r][step].index for r in range(4)])
+        assert parts.sort().values.equal(batch.index.sort().values)
+    once = torch.cat([b.index for r in range(4) for b in feed(toy, rank=r, world=4).once(7)])
+    assert once.sort().values.equal(torch.arange(70))
+
+
+def test_once_yields_all_cells_in_order(toy):
+    for residency in ("device", "memory", "stream"):
+        index = torch.cat([b.index for b in feed(toy, residency=residency).once(16)])
+        assert index.equal(torch.arange(70))
+
+
+def test_a_feed_without_cells_yields_nothing_that_counts(toy):
+    empty = Feed(toy, np.array([], int), [0], NORMALISER.select([0]), torch.device("cpu"), "memory", 4)
+    assert len(empty) == 0
+    assert sum(len(b.index) for b in empty.once(4)) == 0
+
+
+def test_reading_ahead_hands_on_errors():
+    def read(n):
+        if n == 3:
+            raise ValueError("chunk 3 is damaged")
+        return n
+
+    items = read_ahead(iter(range(10)), read)
+    assert [next(items) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="chunk 3 is damaged"):
+        next(items)
+
+
+def test_reading_ahead_stays_ahead_by_a_few_and_ends_with_its_consumer():
+    read = []
+    before = threading.active_count()
+    items = read_ahead(iter(range(1000)), lambda n: read.append(n) or n)
+    assert next(items) == 0
+    deadline = time.monotonic() + 5
+    while len(read) < AHEAD and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert AHEAD <= len(read) <= AHEAD + 2
+    items.close()
+    assert threading.active_count() == before
+    assert len(read) <= AHEAD + 3
+
+
+def test_the_thread_of_a_stream_ends_with_the_epoch_that_is_left_early(toy):
+    before = threading.active_count()
+    for _ in feed(toy, residency="stream", batch_size=4).epoch(0):
+        break
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_residency_follows_the_wish_else_what_fits(toy, monkeypatch):
+    cpu = torch.device("cpu")
+    assert choose_residency("stream", toy, 10, 2, cpu) == "stream"
+    need = 70 * 2 * 16 * 16 * 2
+    for free, expected in ((3 * need, "memory"), (need, "stream")):
+        monkeypatch.setattr("imgshared.data.feed._free_memory", lambda free=free: free)
+        assert choose_residency("auto", toy, 70, 2, cpu) == expected

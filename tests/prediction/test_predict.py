@@ -1,0 +1,272 @@
+import errno
+import hashlib
+import shutil
+
+import anndata
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from imgshared import api
+from imgshared.config import PredictConfig
+from imgshared.data.panel import Panel
+from imgshared.data.store import CellStore, StoreWriter
+from imgshared.prediction import load_run, predict, predict_cells
+from imgshared.types import InputError
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def digest(folder):
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def test_the_written_store_is_an_anndata_with_what_is_documented(trained_run, toy, tmp_path):
+    before = digest(toy.path)
+    out = predict(trained_run, toy, tmp_path / "p.zarr", PredictConfig(full=True, shared=True))
+    assert digest(toy.path) == before
+    data = anndata.read_zarr(out)
+    assert list(data.var_names) == ["P1", "P2"]
+    assert data.obs.equals(toy.obs)
+    shapes = {name: (data.obsm[name].shape, data.obsm[name].dtype) for name in data.obsm}
+    assert shapes == {
+        "predicted_images": ((80, 2, 16, 16), np.float32),
+        "full_images": ((80, 2, 16, 16), np.float32),
+        "shared_images": ((80, 2, 16, 16), np.float32),
+        "X_shared": ((80, 8), np.float32),
+        **{f"X_{marker}": ((80, 4), np.float32) for marker in ("DNA", "P1", "P2")},
+        "spatial": ((80, 2), np.float64),
+    }
+    np.testing.assert_array_equal(data.layers["measured"], toy.measured[:, 1:])
+    info = CellStore(out).info
+    assert (info["kind"], info["store_hash"], info["sources"]) == ("predictions", toy.data_hash, ["DNA"])
+    assert info["cells_by_split_of_the_model"] == {"train": 48, "val": 16, "test": 16}
+
+
+def test_predictions_are_in_raw_units_and_x_is_their_mean_in_the_mask(trained_run, toy, tmp_path):
+    data = anndata.read_zarr(predict(trained_run, toy, tmp_path / "p.zarr", PredictConfig(full=True)))
+    cells = predict_cells(trained_run, toy)
+    images = data.obsm["predicted_images"]
+    low, high = (np.array(getattr(trained_run.normaliser, b))[1:, None, None] for b in ("low", "high"))
+    np.testing.assert_allclose(images, cells.images["predicted"][:, 1:] * (high - low) + low, rtol=1e-4)
+    assert images.mean() > 50  # camera counts, not [0, 1]
+    masks = toy.masks()
+    expected = np.array([[image[mask].mean() for image in cell] for cell, mask in zip(images, masks, strict=True)])
+    np.testing.assert_allclose(data.X, expected, rtol=1e-5)
+    unmeasured = ~toy.measured[:, 2]
+    assert (data.obsm["full_images"][unmeasured, 1] == 0).all()
+    assert (data.obsm["predicted_images"][unmeasured, 1] > 0).any()
+    assert np.isnan(data.obsm["X_P2"][unmeasured]).all()
+    assert np.isfinite(data.obsm["X_P2"][~unmeasured]).all()
+    assert np.isfinite(data.obsm["X_shared"]).all()
+
+
+def test_nothing_leaks_from_the_stains_that_are_predicted(trained_run, toy, arrays, write_store, tmp_path):
+    images, measured, masks, obs = arrays
+    rng = np.random.default_rng(9)
+    images[:, 1:] = rng.integers(0, 60000, images[:, 1:].shape)
+    for seen in (measured, np.array([[True, False, False]]).repeat(80, 0)):
+        other = CellStore(write_store(tmp_path / "o.zarr", images, seen, masks, obs))
+        a, b = predict_cells(trained_run, toy), predict_cells(trained_run, other)
+        np.testing.assert_array_equal(a.images["predicted"], b.images["predicted"])
+        np.testing.assert_array_equal(a.shared["sources"], b.shared["sources"])
+        np.testing.assert_array_equal(a.specific["DNA"], b.specific["DNA"])
+    images[:, 0] = rng.integers(0, 60000, images[:, 0].shape)
+    changed = predict_cells(trained_run, CellStore(write_store(tmp_path / "o.zarr", images, measured, masks, obs)))
+    assert not np.allclose(a.images["predicted"], changed.images["predicted"])
+
+
+def test_each_cell_is_predicted_from_itself_alone(trained_run, toy):
+    whole = predict_cells(trained_run, toy, batch_size=80)
+    for cells, batch_size in ((np.arange(80), 7), (np.array([41, 3, 3]), 1)):
+        part = predict_cells(trained_run, toy, cells, batch_size=batch_size)
+        np.testing.assert_array_equal(part.cells, cells)
+        np.testing.assert_array_equal(part.real, whole.real[cells])
+        for kind in ("images", "shared", "specific"):
+            for name, value in getattr(part, kind).items():
+                np.testing.assert_allclose(value, getattr(whole, kind)[name][cells], **CLOSE)
+
+
+def test_the_order_of_channels_is_mended_by_name(trained_run, toy, arrays, write_store, tmp_path):
+    images, measured, masks, obs = arrays
+    order = [2, 0, 1]
+    panel = Panel(("P2", "DNA", "P1"), "DNA")
+    other = CellStore(write_store(tmp_path / "o.zarr", images[:, order], measured[:, order], masks, obs, panel=panel))
+    a, b = predict_cells(trained_run, toy), predict_cells(trained_run, other)
+    np.testing.assert_array_equal(a.real, b.real)
+    for name in ("predicted", "full", "shared"):
+        np.testing.assert_array_equal(a.images[name], b.images[name])
+    out = predict(trained_run, other, tmp_path / "p.zarr")
+    assert list(anndata.read_zarr(out).var_names) == ["P1", "P2"]
+
+
+def test_named_markers_only(trained_run, toy, tmp_path):
+    everything = anndata.read_zarr(predict(trained_run, toy, tmp_path / "a.zarr"))
+    some = anndata.read_zarr(predict(trained_run, toy, tmp_path / "b.zarr", PredictConfig(markers=("p2", "DNA", "P2"))))
+    assert list(some.var_names) == ["P2", "DNA"]
+    np.testing.assert_array_equal(some.obsm["predicted_images"][:, 0], everything.obsm["predicted_images"][:, 1])
+
+
+def test_sources(trained_run, toy, tmp_path):
+    dna, p1 = predict_cells(trained_run, toy), predict_cells(trained_run, toy, sources=["P1"])
+    both = predict_cells(trained_run, toy, sources=["DNA", "P1"])
+    np.testing.assert_allclose(p1.shared["sources"], p1.shared["P1"], **CLOSE)
+    np.testing.assert_allclose(both.shared["sources"], (dna.shared["DNA"] + dna.shared["P1"]) / 2, **CLOSE)
+    assert not np.allclose(dna.images["predicted"], p1.images["predicted"])
+    out = predict(trained_run, toy, tmp_path / "p.zarr", PredictConfig(sources=("P1", "DNA")))
+    assert CellStore(out).info["sources"] == ["P1", "DNA"]
+
+
+def test_cells_without_any_source_are_refused(trained_run, toy, tmp_path):
+    with pytest.raises(InputError, match=r"40 cells have none of the sources measured \(P2\)"):
+        predict(trained_run, toy, tmp_path / "p.zarr", PredictConfig(sources=("P2",)))
+    stained = toy.measured[:, 2].nonzero()[0]
+    assert len(predict_cells(trained_run, toy, stained, sources=["P2"]).cells) == 40
+    assert len(predict_cells(trained_run, toy, sources=["P2", "DNA"]).cells) == 80
+    with pytest.raises(InputError, match="no cells to predict"):
+        predict_cells(trained_run, toy, np.array([], int))
+
+
+@pytest.mark.parametrize("key", ["markers", "sources"])
+def test_unknown_markers_are_named_with_the_nearest(trained_run, toy, tmp_path, key):
+    with pytest.raises(InputError, match=r"no marker 'P11' in the panel DNA, P1, P2. Did you mean 'P1'\?"):
+        predict(trained_run, toy, tmp_path / "p.zarr", PredictConfig(**{key: ("P11",)}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_breaks_the_contract_is_refused(trained_run, arrays, write_store, tmp_path):
+    images, measured, masks, obs = arrays
+    panel = Panel(("DNA", "P1"), "DNA")
+    other = CellStore(write_store(tmp_path / "o.zarr", images[:, :2], measured[:, :2], masks, obs, panel=panel))
+    with pytest.raises(InputError, match=r"o\.zarr lacks the marker\(s\) P2"):
+        predict(trained_run, other, tmp_path / "p.zarr")
+    assert [p.name for p in tmp_path.iterdir()] == ["o.zarr"]
+
+
+def test_predictions_are_no_input(trained_run, toy, tmp_path):
+    proteins = predict(trained_run, toy, tmp_path / "p.zarr")
+    with pytest.raises(InputError, match=r"p\.zarr holds no chromatin stain: it is a store of predictions"):
+        predict(trained_run, CellStore(proteins), tmp_path / "q.zarr")
+    everything = predict(trained_run, toy, tmp_path / "a.zarr", PredictConfig(markers=("DNA", "P1", "P2")))
+    with pytest.raises(InputError, match=r"a\.zarr holds no single_cell_images"):
+        predict(trained_run, CellStore(everything), tmp_path / "q.zarr")
+
+
+def test_ome_tiff_for_a_viewer(trained_run, toy, tmp_path):
+    out = predict(trained_run, toy, tmp_path / "p.zarr", PredictConfig(ome_tiff=True, batch_size=10))
+    files = sorted((tmp_path / "p.zarr.ome").iterdir())
+    assert [f.name for f in files] == [f"image{g}.ome.tif" for g in range(5)]
+    with tifffile.TiffFile(files[1]) as tif:
+        assert tif.series[0].axes == "TCYX"
+        frames, ome = tif.asarray(), tif.ome_metadata
+    for name in ("DNA", "P1", "P2", "P1 (predicted)", "P2 (predicted)"):
+        assert f'Name="{name}"' in ome
+    assert 'PhysicalSizeX="0.5"' in ome
+    assert frames.shape == (16, 5, 16, 16)
+    np.testing.assert_allclose(frames[:, :3], toy.images(slice(16, 32)), atol=1e-2)
+    np.testing.assert_array_equal(frames[:, 3:], CellStore(out).obsm("predicted_images", slice(16, 32)))
+
+
+def test_ome_tiff_refuses_images_that_would_share_a_file(trained_run, arrays, write_store, tmp_path):
+    images, measured, masks, obs = arrays
+    for names in (["a"] * 40 + ["b"] * 20 + ["a"] * 20, ["a/b"] * 40 + ["a_b"] * 40):
+        obs["image"] = names
+        store = CellStore(write_store(tmp_path / "o.zarr", images, measured, masks, obs))
+        with pytest.raises(InputError, match=r"would fill a.*\.ome\.tif twice"):
+            predict(trained_run, store, tmp_path / "p.zarr", PredictConfig(ome_tiff=True))
+        assert [p.name for p in tmp_path.iterdir()] == ["o.zarr"]
+
+
+def test_an_existing_output_is_replaced_only_on_request(trained_run, toy, tmp_path):
+    out, config = tmp_path / "p.zarr", PredictConfig(ome_tiff=True)
+    predict(trained_run, toy, out, config)
+    before = digest(tmp_path)
+    with pytest.raises(InputError, match=r"p\.zarr exists already"):
+        predict(trained_run, toy, out, config)
+    shutil.move(out, tmp_path / "q.zarr")
+    with pytest.raises(InputError, match=r"p\.zarr\.ome exists already"):
+        predict(trained_run, toy, out, config)
+    shutil.move(tmp_path / "q.zarr", out)
+    assert digest(tmp_path) == before
+    predict(trained_run, toy, out, PredictConfig(ome_tiff=True, markers=("P1",)), overwrite=True)
+    assert list(anndata.read_zarr(out).var_names) == ["P1"]
+    assert tifffile.imread(tmp_path / "p.zarr.ome" / "image0.ome.tif").shape[1] == 4
+
+
+@pytest.mark.parametrize("inside", ["", "p.zarr"])
+def test_measured_images_are_never_overwritten(trained_run, make_store, tmp_path, inside):
+    store = CellStore(make_store(tmp_path / "cells.zarr"))
+    before = digest(tmp_path)
+    with pytest.raises(InputError, match="measured images are never overwritten"):
+        predict(trained_run, store, tmp_path / "cells.zarr" / inside, overwrite=True)
+    assert digest(tmp_path) == before
+
+
+@pytest.mark.parametrize("when", ["third batch", "tables"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_prediction_that_fails_leaves_nothing(trained_run, toy, tmp_path, monkeypatch, when, error):
+    append, calls = StoreWriter.append, []
+
+    def fail(self, *args, **rows):
+        calls.append(1)
+        if when == "tables" or len(calls) == 3:
+            raise error
+        append(self, **rows)
+
+    monkeypatch.setattr(StoreWriter, "append" if when == "third batch" else "finish", fail)
+    with pytest.raises((InputError, KeyboardInterrupt)) as raised:
+        predict(trained_run, toy, tmp_path / "p.zarr", PredictConfig(ome_tiff=True, batch_size=20))
+    if isinstance(error, OSError):
+        assert f"the disk is full: {tmp_path / 'p.zarr'} could not be written" in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_counts_cells(trained_run, toy, tmp_path):
+    seen = []
+    config = PredictConfig(batch_size=32)
+    predict(trained_run, toy, tmp_path / "p.zarr", config, progress=lambda *at: seen.append(at))
+    assert seen == [(32, 80), (64, 80), (80, 80)]
+
+
+def test_load_run_gives_the_best_weights_frozen(trained_run):
+    run = load_run(trained_run.path)
+    assert run.checkpoint.name == "best.safetensors"
+    assert load_run(str(trained_run.path), checkpoint="last").checkpoint.name == "last.safetensors"
+    assert not run.method.training
+    assert not any(p.requires_grad for p in run.method.parameters())
+    assert (run.panel.markers, run.split.test) == (("DNA", "P1", "P2"), ("g4",))
+
+
+def test_runs_that_cannot_be_opened_are_named(trained_run, tmp_path):
+    with pytest.raises(InputError, match=r"no run at .*nowhere"):
+        load_run(tmp_path / "nowhere")
+    broken = tmp_path / "run"
+    shutil.copytree(trained_run.path, broken)
+    config = broken / "config.yaml"
+    config.write_text(config.read_text().replace("shared_dim: 8", "shared_dim: 9"))
+    with pytest.raises(InputError, match=r"config\.yaml was changed after training"):
+        load_run(broken)
+    shutil.copy(trained_run.path / "config.yaml", config)
+    best = broken / "checkpoints" / "best.safetensors"
+    best.write_bytes(best.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"best\.safetensors is not a whole imgshared checkpoint"):
+        load_run(broken)
+    best.unlink()
+    with pytest.raises(InputError, match=r"no best checkpoint yet.*--resume"):
+        load_run(broken)
+
+
+def test_the_api_takes_paths_and_settings(trained_run, toy, tmp_path):
+    out = api.predict(str(trained_run.path), toy.path, tmp_path / "p.zarr", markers=["P1"], batch_size=40)
+    assert list(anndata.read_zarr(out).var_names) == ["P1"]
+    with pytest.raises(InputError, match=r"PredictConfig: unknown key 'marker'. Did you mean 'markers'\?"):
+        api.predict(trained_run, toy, tmp_path / "q.zarr", marker=["P1"])
+    beside = api.predict(trained_run, toy)
+    assert beside == trained_run.path / "predictions" / "cells.zarr"
+    assert torch.is_grad_enabled()
+    shutil.rmtree(beside)

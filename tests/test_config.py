@@ -1,0 +1,178 @@
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+
+from imgshared.config import (
+    EvaluateConfig,
+    Experiment,
+    PredictConfig,
+    PrepareConfig,
+    SegmentConfig,
+    SimulateConfig,
+    dump,
+    keys,
+    load,
+    validate,
+)
+from imgshared.data.prepare import prepare
+from imgshared.data.segment import SegmentSettings, length_px
+from imgshared.data.simulate import simulate
+from imgshared.types import InputError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+DATA = "data=cells.zarr"
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "message"),
+    [
+        (Experiment, [], "the command line: the key 'data' is missing"),
+        (Experiment, [DATA, "seeed=1"], "unknown key 'seeed'. Did you mean 'seed'?"),
+        (Experiment, [DATA, "method.chanels=[1]"], "unknown key 'method.chanels'. Did you mean 'method.channels'?"),
+        (Experiment, [DATA, "trian.batch_size=4"], "unknown key 'trian'. Did you mean 'train'?"),
+        (Experiment, [DATA, "lr_latent=1"], "unknown key 'lr_latent'. Did you mean 'method.lr_latent'?"),
+        (Experiment, [DATA, "floats=3"], "unknown key 'floats'."),
+        (Experiment, [DATA, "xyz=3"], "unknown key 'xyz'."),
+        (Experiment, [DATA, "seed=many"], "seed = 'many': Input should be a valid integer"),
+        (Experiment, [DATA, "train.batch_size=0"], "train.batch_size = 0: Input should be greater than or equal to 1"),
+        (Experiment, [DATA, "train=fast"], "train = 'fast': Input should be a dictionary"),
+        (Experiment, [DATA, "train.precision=fp16"], "train.precision = 'fp16': Input should be 'auto', "),
+        (Experiment, [DATA, "method.channels=[8,a]"], "method.channels.1 = 'a': Input should be a valid integer"),
+        (Experiment, [DATA, "method.name=apolo"], "method.name = 'apolo': Input should be 'apollo'"),
+        (Experiment, [DATA, "split.val=2"], "split.val = 2: Input should be less than 1"),
+        (Experiment, [DATA, "split.val=[yes]"], "split.val.0 = True: Input should be a valid string"),
+        (Experiment, [DATA, "seed"], "'seed' is not key=value"),
+        (Experiment, [DATA, "markers=[DNA"], "markers: cannot read '[DNA'"),
+        (Experiment, [DATA, "seed=2", "seed.deeper=1"], "seed.deeper: seed is a value, not a section"),
+        (PrepareConfig, ["segment.smooth=3"], "segment.smooth = 3: String should match pattern"),
+        (PrepareConfig, ["crop_px=4"], "crop_px = 4: Input should be greater than or equal to 8"),
+        (EvaluateConfig, ["classifiers=[features,forest]"], "classifiers.1 = 'forest': Input should be "),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(kind, overrides, message):
+    with pytest.raises(InputError) as error:
+        load(kind, None, overrides)
+    assert message in str(error.value)
+
+
+def test_all_mistakes_are_listed_at_once():
+    with pytest.raises(InputError) as error:
+        load(Experiment, None, ["seed=a", "train.batch_size=0"])
+    assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [1, 2", "is not YAML"),
+        (b"\xff\xfe\x00", "is not YAML"),
+        (b"", "holds no keys"),
+        (b"- 1\n- 2\n", "holds no keys"),
+    ],
+)
+def test_files_that_are_no_configuration_are_named(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"bad\.yaml {message}"):
+        load(Experiment, path)
+
+
+def test_no_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"no configuration at .*none\.yaml"):
+        load(Experiment, tmp_path / "none.yaml")
+    with pytest.raises(InputError, match=r"cannot read the configuration .*: Is a directory"):
+        load(Experiment, tmp_path)
+
+
+def test_the_file_is_named_where_its_key_is_wrong(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("data: x\nsed: 1\n")
+    with pytest.raises(InputError, match=r"my\.yaml: unknown key 'sed'. Did you mean 'seed'\?"):
+        load(Experiment, path)
+
+
+def test_numbers_as_people_write_them(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("data: x\nmethod: {lr_decoder: 2e-4, norm_weight: 1E3, lr_latent: 3}\n")
+    method = load(Experiment, path, ["method.lr_encoder=5e-5", "split.val=1e-1"]).method
+    assert (method.lr_decoder, method.norm_weight, method.lr_latent, method.lr_encoder) == (2e-4, 1e3, 3.0, 5e-5)
+    assert load(Experiment, path, ["split.val=1e-1"]).split.val == 0.1
+
+
+def test_names_stay_text():
+    split = load(Experiment, None, [DATA, "split.val=[7,G1,1e5,'08']", "split.by=3"]).split
+    assert split.val == ("7", "G1", "1e5", "08")
+    assert split.by == "3"
+
+
+def test_overrides_win_over_the_file_and_reach_into_sections(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("data: x\nseed: 1\nmethod: {latent_epochs: 3}\n")
+    config = load(
+        Experiment, path, ["seed=2", "method.encoder_epochs=9", "train.patience=1", "markers=[DNA, Lamin B1]"]
+    )
+    assert (config.seed, config.method.latent_epochs, config.method.encoder_epochs) == (2, 3, 9)
+    assert config.train.patience == 1
+    assert config.markers == ("DNA", "Lamin B1")
+    assert load(Experiment, path, ["seed=2", "seed=3"]).seed == 3
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        validate(Experiment, {"data": "x", "split": {"test": ["1e5", "µ"]}, "method": {"lr_latent": "2e-5"}}, "test"),
+        PrepareConfig(aliases={"LaminB1": ("LMNB1", "1")}, pixel_size_um=0.25, segment=SegmentConfig(smooth="0.5 um")),
+        SimulateConfig(cells=10),
+        PredictConfig(markers=("P1",)),
+        EvaluateConfig(labels=("drug",)),
+    ],
+)
+def test_dump_is_read_back(tmp_path, config):
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump(config))
+    assert load(type(config), path) == config
+
+
+def test_keys_are_dotted_and_complete():
+    found = set(keys(Experiment))
+    assert {"data", "split", "split.by", "method.lr_latent", "train.batch_size"} <= found
+    assert "segment.smooth" in set(keys(PrepareConfig))
+
+
+def test_lengths_accept_both_micro_signs():
+    for text in ("6 um", "6um", "6 µm", "6 μm", "12 px", "1.5 px"):
+        assert length_px(validate(PrepareConfig, {"segment": {"smooth": text}}, "test").segment.smooth, 0.5) > 0
+
+
+def defaults_of(function):
+    parameters = inspect.signature(function).parameters.values()
+    return {
+        p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY and p.name not in ("overwrite", "progress")
+    }
+
+
+def plain(config):
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+
+
+def test_defaults_are_those_of_the_functions():
+    assert plain(SimulateConfig()) == defaults_of(simulate)
+    assert plain(SegmentConfig()) == plain(SegmentSettings())
+    ours, theirs = plain(PrepareConfig()), defaults_of(prepare)
+    assert ours.pop("segment") == SegmentConfig()
+    assert theirs.pop("segment") is None
+    assert ours.pop("aliases") == {}
+    assert theirs.pop("aliases") is None
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_configuration_loads(path):
+    kinds = {"prepare": PrepareConfig, "evaluate": EvaluateConfig, "predict": PredictConfig, "simulate": SimulateConfig}
+    load(kinds.get(path.name.split("_")[0], Experiment), path)
+
+
+def test_there_are_configurations_to_ship():
+    assert (CONFIGS / "apollo.yaml").exists()
