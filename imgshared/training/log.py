@@ -42,7 +42,7 @@ class RunLog:
             TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
             TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
             _fixed("left  {task.fields[cells_per_s]:,.0f} cells/s", 19),
-            TextColumn("{task.fields[losses]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            TextColumn("{task.fields[losses]}", table_column=Column(no_wrap=True)),
             console=console,
         )
         self._progress.start()
@@ -57,7 +57,8 @@ class RunLog:
     def advance(self, steps: int, cells_per_s: float, losses: str) -> None:
         """Move the bar."""
         if self.active:
-            self._progress.update(self._task, advance=steps, cells_per_s=cells_per_s, losses=losses)
+            fits = losses[: max(12, self.console.width - 66)]  # else the bar is squeezed to nothing
+            self._progress.update(self._task, advance=steps, cells_per_s=cells_per_s, losses=fits)
 
     def record(self, step: int, epoch: int, stage: str, split: str, values: Mapping[str, float]) -> None:
         """Write one line of `metrics.jsonl` and its scalars to TensorBoard."""
