@@ -88,7 +88,9 @@ def load_run(path: str | Path, *, checkpoint: str = "best") -> Run:
         raise InputError(
             f"{path / 'config.yaml'} was changed after training, {file} does not fit it: {error}"
         ) from error
-    fabric = make_fabric(experiment.train.accelerator, experiment.train.precision)
+    wish = experiment.train.accelerator
+    here = wish != "cuda" or torch.cuda.is_available()  # trained on a GPU, opened where there is none
+    fabric = make_fabric(wish if here else "auto", experiment.train.precision)
     method.to(fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     method.eval()
     nn.Module.requires_grad_(method, False)

@@ -177,7 +177,7 @@ def load(path: Path) -> tuple[dict[str, Any], Contract]:
             f"{path} has checkpoint format {written_by[0]} (imgshared {written_by[1]}), this imgshared "
             f"{version('imgshared')} reads format {FORMAT}: use that version, or train again"
         )
-    if _digest(tensors, text) != metadata.get("sha256") or header.get("tensors", _kinds(tensors)) != _kinds(tensors):
+    if _digest(tensors, text) != metadata.get("sha256") or header["tensors"] != _kinds(tensors):
         raise InputError(f"{path} is damaged or was changed after training: its digest does not match")
     return _unflatten(header["plain"], tensors), Contract.from_dict(header["contract"])
 

@@ -96,7 +96,7 @@ class Trainer:
         method.prepare(self.feeds["train"].measured, mix(experiment.seed, 1))
         self.method: Method = method.to(self.fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.position = Position()
-        self._resumed: dict[str, Any] = {}
+        self._resumed_optimizers: dict[str, Any] = {}
         if resume and last_path(run).exists():
             self._take_up()
         self.log = RunLog(run, self.position.total, active=self.fabric.is_global_zero, console=console)
@@ -132,7 +132,7 @@ class Trainer:
         meter, saved = Meter(), time.monotonic()
         augment = self.augment if stage.augment else None
         while at.epoch < stage.epochs and not self._waited_enough(stage):
-            due = False
+            due = stop = False
             for batch in feed.epoch(at.stage << 20 | at.epoch, at.step, augment):
                 torch.manual_seed(mix(self.experiment.seed, at.stage, at.epoch, at.step, self.fabric.global_rank))
                 for player, optimizer in optimizers.items():
@@ -145,13 +145,15 @@ class Trainer:
                     meter.add(terms, len(batch.index) * self.fabric.world_size)
                 self._step_tables(stage)
                 at.step, at.total = at.step + 1, at.total + 1
-                due = time.monotonic() - saved >= 60 * self.config.checkpoint_minutes
-                if due or self._stop_asked or meter.steps >= self.config.log_every:
+                at_log = at.total % self.config.log_every == 0
+                if at_log or self.fabric.world_size == 1:
+                    due, stop = self._agree(time.monotonic() - saved >= 60 * self.config.checkpoint_minutes)
+                if at_log or due or stop:
                     self._report(meter, stage)
-                if self._stop_asked or (due and at.step < feed.steps):
+                if stop or (due and at.step < feed.steps):
                     self._save(optimizers)
-                    saved = time.monotonic()
-                if self._stop_asked:
+                    saved, due = time.monotonic(), False
+                if stop:
                     raise KeyboardInterrupt
             self._report(meter, stage)
             self._validate(stage)
@@ -170,6 +172,11 @@ class Trainer:
                 table.step(lr)
             else:
                 table.step(lr, gather_rows, world)
+
+    def _agree(self, due: bool) -> tuple[bool, bool]:
+        """Say whether a checkpoint is due and whether to stop: rank 0 decides, for ranks must not differ."""
+        answer = (due, self._stop_asked)
+        return answer if self.fabric.world_size == 1 else self.fabric.broadcast(answer)
 
     def _report(self, meter: Meter, stage: Stage) -> None:
         """Log the mean of the last steps and stop where it is no longer a number or grows without bound."""
@@ -220,9 +227,10 @@ class Trainer:
             player: Adam([{"params": list(g.parameters), "lr": g.lr} for g in groups])
             for player, groups in stage.groups.items()
         }
-        for player, state in self._resumed.pop("optimizers", {}).items():
+        for player, state in self._resumed_optimizers.items():
             by_number = {int(k): v for k, v in state["state"].items()}
             optimizers[player].load_state_dict({"state": by_number, "param_groups": state["param_groups"]})
+        self._resumed_optimizers = {}
         return optimizers
 
     def _save(self, optimizers: Mapping[str, Adam] | None = None, *, best: bool = False) -> None:
@@ -239,15 +247,16 @@ class Trainer:
         save(best_path(self.run) if best else last_path(self.run), tree, self.contract)
 
     def _take_up(self) -> None:
-        self._resumed, contract = load(last_path(self.run))
+        tree, contract = load(last_path(self.run))
         if contract.data_hash != self.contract.data_hash:
             raise InputError(
                 f"{self.experiment.data} is not the store that {self.run} was begun with: its data hash differs"
             )
-        self.method.load_state_dict(self._resumed["model"])
+        self.method.load_state_dict(tree["model"])
         for name, table in self.method.tables.items():
-            table.load(self._resumed["tables"][name])
-        self.position = Position(**self._resumed["position"])
+            table.load(tree["tables"][name])
+        self._resumed_optimizers = tree["optimizers"]
+        self.position = Position(**tree["position"])
 
     def _feed(self, store: CellStore, cells: Any) -> Feed:
         channels, fabric = store.panel.indices(self.contract.panel.markers), self.fabric
@@ -271,6 +280,8 @@ class Trainer:
         """Ctrl-C and SIGTERM end the run after the current step, with a checkpoint."""
 
         def ask(*_: object) -> None:
+            if self._stop_asked:  # asked twice: at once
+                raise KeyboardInterrupt
             self._stop_asked = True
 
         try:
@@ -292,29 +303,30 @@ class Meter:
 
     def clear(self) -> None:
         """Begin anew."""
-        self.steps, self._cells, self._weight, self._since = 0, 0, 0.0, time.monotonic()
-        self._sums: dict[str, Tensor] = {}
+        self.steps, self._cells, self._since = 0, 0, time.monotonic()
+        self._sums: dict[str, tuple[Tensor, float]] = {}  # sum and its weight: a batch may lack a term
 
     def add(self, terms: LossTerms, cells: int, weight: float = 1.0) -> None:
         """Add a step's terms."""
         for name, value in {"loss": terms.total.detach(), **terms.parts}.items():
-            value = value.double() * weight
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self.steps, self._cells, self._weight = self.steps + 1, self._cells + cells, self._weight + weight
+            total, weights = self._sums.get(name, (torch.zeros_like(value), 0.0))
+            self._sums[name] = (total + value.float() * weight, weights + weight)
+        self.steps, self._cells = self.steps + 1, self._cells + cells
 
     def take(self, fabric: Fabric) -> tuple[int, float, dict[str, float]]:
         """Return steps, cells a second and the means over all ranks, and begin anew."""
-        values = torch.stack(list(self._sums.values())).tolist() if self._sums else []
-        parts = [(self._weight, dict(zip(self._sums, values, strict=True)))]
+        values = torch.stack([total for total, _ in self._sums.values()]).tolist() if self._sums else []
+        weights = [weight for _, weight in self._sums.values()]
+        parts = [dict(zip(self._sums, zip(values, weights, strict=True), strict=True))]
         if fabric.world_size > 1:  # ranks may hold other terms, or no cells at all
             parts *= fabric.world_size
             torch.distributed.all_gather_object(parts, parts[0])
-        weight = sum(w for w, _ in parts)
-        names = dict.fromkeys(name for _, sums in parts for name in sums)
+        names = dict.fromkeys(name for part in parts for name in part)
+        means = {n: sum(p[n][0] for p in parts if n in p) / sum(p[n][1] for p in parts if n in p) for n in names}
         rate = self._cells / max(time.monotonic() - self._since, 1e-9)
         steps = self.steps
         self.clear()
-        return steps, rate, {n: sum(sums.get(n, 0.0) for _, sums in parts) / weight for n in names}
+        return steps, rate, means
 
 
 def _plain_state(optimizer: Adam) -> dict[str, Any]:
