@@ -193,9 +193,9 @@ class EvaluateConfig:
     group: str = "group"  # unit of the intervals
     fold: str | None = None  # unit of the folds; None: the same as group
     folds: Annotated[int, Field(ge=2)] = 4
-    train_on: Literal["test", "train"] = (
-        "test"  # classifiers: folds among the test groups, or trained on training groups
-    )
+    # Classifiers learn in folds among the test groups ("test") or from the training groups ("train");
+    # auto: in folds where there are enough test groups.
+    train_on: Literal["auto", "test", "train"] = "auto"
     classifiers: tuple[Literal["features", "cnn"], ...] = ("features",)
     cnn: str = "resnet10t"  # any timm model
     cnn_epochs: Annotated[int, Field(ge=1)] = 15

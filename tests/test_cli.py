@@ -125,7 +125,7 @@ def test_a_path_with_an_equals_sign_is_no_setting(capsys, tmp_path, monkeypatch)
     assert "no configuration at plate=1/d.yaml" in fails(capsys, "train", "./plate=1/d.yaml")
 
 
-def test_from_images_to_predictions(capsys, tmp_path, monkeypatch):
+def test_from_images_to_report(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["simulate", "sim", "cells=60", "donors=4", "field_px=192"]) == 0
     assert main(["prepare", "crop_px=32", "sim/manifest.csv", "cells.zarr", "cells=sim/cells.csv"]) == 0
@@ -147,6 +147,12 @@ def test_from_images_to_predictions(capsys, tmp_path, monkeypatch):
     assert len(list((run / "predictions" / "cells.zarr.ome").iterdir())) == store.obs["image"].nunique()
     assert "exists already" in fails(capsys, "predict", "runs/tiny", "cells.zarr")
     assert main(["predict", "runs/tiny", "cells.zarr", "--overwrite", "--out", str(out)]) == 0
+    assert (
+        main(["evaluate", "runs/tiny", "cells.zarr", "labels=[drug]", "factors=[nuclear_area]", "bootstrap=100"]) == 0
+    )
+    report = run / "evaluation" / "cells" / "report.html"
+    assert all(marker in report.read_text() for marker in store.panel.proteins)
+    assert "one class" in fails(capsys, "evaluate", "runs/tiny", "cells.zarr", "labels=[group]")
 
 
 def test_it_runs_as_a_command():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -111,6 +112,7 @@ def evaluate(
     panel = run.panel
     _check_columns(store.obs, config)
     parts = run.split.assign(store.obs)
+    config = _resolve(config, store.obs[parts == "test"])
     test_cells = _sample(parts, "test", config.max_cells, config.seed, run, store)
     wide = config.train_on == "train" or bool(config.labels or config.factors)
     limit = config.max_cells if wide else min(FLOOR_CELLS, config.max_cells)
@@ -170,6 +172,14 @@ def evaluate(
         _write(out / "probabilities.parquet", lambda path: probabilities.to_parquet(path, index=False))
     say("report", 1, 1)
     return Evaluation(**tables, cells=cells, probabilities=probabilities, summary=summary, report=report, metrics=plain)
+
+
+def _resolve(config: EvaluateConfig, held_out: pd.DataFrame) -> EvaluateConfig:
+    """Decide where classifiers learn: too few held-out groups cannot be folded."""
+    if config.train_on != "auto":
+        return config
+    units = held_out[config.fold or config.group].nunique()
+    return dataclasses.replace(config, train_on="test" if units >= config.folds else "train")
 
 
 def _check_columns(obs: pd.DataFrame, config: EvaluateConfig) -> None:

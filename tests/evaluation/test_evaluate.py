@@ -128,6 +128,16 @@ def test_a_group_on_both_sides_is_refused(world, run, store, tmp_path):
         evaluate(run, store, tmp_path / "out", config, predict=world.predict)
 
 
+def test_classifiers_learn_in_folds_only_where_there_are_groups_enough(world, run, store, tmp_path):
+    four = evaluate(
+        run, store, tmp_path / "four", EvaluateConfig(labels=("drug",), bootstrap=100), predict=world.predict
+    )
+    assert "in 4 folds" in four.report.read_text()
+    config = EvaluateConfig(labels=("drug",), folds=5, bootstrap=100)
+    few = evaluate(run, store, tmp_path / "few", config, predict=world.predict)
+    assert "learn from the model's own training cells" in few.report.read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -135,7 +145,7 @@ def test_a_group_on_both_sides_is_refused(world, run, store, tmp_path):
         ({"labels": ("one",)}, "'one' has one class"),
         ({"factors": ("image",)}, "holds no numbers"),
         ({"labels": ("drug",), "label_values": ("treted",)}, "Did you mean 'treated'"),
-        ({"labels": ("drug",), "folds": 5}, "5 folds need 5"),
+        ({"labels": ("drug",), "folds": 5, "train_on": "test"}, "5 folds need 5"),
     ],
 )
 def test_bad_input_is_named(world, run, store, tmp_path, change, message):
