@@ -64,6 +64,7 @@ def toy_cells(cells: int = 80, groups: int = 5, px: int = 16, seed: int = 0) -> 
             "group": pd.Categorical([f"g{i * groups // cells}" for i in range(cells)]),
             "label": pd.Categorical(np.where(np.arange(cells) % 3 == 0, "treated", "control")),
             "size": radius,
+            "brightness": brightness[0].ravel(),
         },
         index=pd.Index([f"cell{i}" for i in range(cells)], name="cell_id"),
     )
