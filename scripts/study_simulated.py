@@ -1,6 +1,6 @@
 """Simulated cells with known causes: what z_s and z_m hold, and what predicted stains can tell.
 
-    python scripts/study_simulated.py OUT [--seeds 0 1 2] [--cells 3000]
+    python scripts/study_simulated.py OUT [--seeds 0 1 2] [--cells 2400]
 
 For each seed: the independent and the entangled scenario with apollo, and the independent one with the one-step
 ablation. Ten donors, three of them held out, two to stop early. A finished evaluation is not computed again.
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--cells", type=int, default=3000)
+    parser.add_argument("--cells", type=int, default=2400)
     parser.add_argument("--record", type=Path, default=None, help="JSON to write (default: OUT/simulated.json)")
     a = parser.parse_args()
     rows = []
