@@ -29,6 +29,7 @@ from imgshared.evaluation.evaluate import evaluate as _evaluate
 from imgshared.prediction import Run, load_run
 from imgshared.prediction import predict as _predict
 from imgshared.training.loop import train as _train
+from imgshared.types import InputError
 
 __all__ = ["evaluate", "load_run", "open_store", "predict", "prepare", "simulate", "train"]
 
@@ -41,7 +42,11 @@ def open_store(path: PathLike) -> CellStore:
 
 
 def simulate(out: PathLike, *, console: Console | None = None, **settings: Any) -> Path:
-    """Simulate images with known shared and specific factors; settings are those of `SimulateConfig`."""
+    """Simulate images with known shared and specific factors; return their folder.
+
+    Settings are those of `SimulateConfig`. Here and below: they come as keywords or as one object, ``config=...``, and
+    a progress bar is drawn on the `console`, where one is given.
+    """
     config = _settings(SimulateConfig, settings)
     with _bar(console, "simulate") as moved:
         return _simulate(Path(out), **_shallow(config), progress=lambda done, total: moved("simulate", done, total))
@@ -69,8 +74,16 @@ def train(
 ) -> Run:
     """Train what a YAML file (with ``"key=value"`` overrides) or an `Experiment` describes, and open the run.
 
-    Without `out` the run goes to ``runs/<name of the configuration>``.
+    Without `out` the run goes to ``runs/<name of the configuration>``. With `resume` a run that was begun there goes on
+    where its last checkpoint stands.
+
+    Raises
+    ------
+    InputError
+        See `imgshared.training.loop.train`; also for overrides beside an `Experiment`, which is complete.
     """
+    if isinstance(config, Experiment) and overrides:
+        raise InputError(f"overrides change a YAML file, not an Experiment: {', '.join(overrides)}")
     experiment = config if isinstance(config, Experiment) else load(Experiment, Path(config), overrides)
     if out is None:
         name = experiment.method.name if isinstance(config, Experiment) else Path(config).stem
@@ -111,7 +124,7 @@ def evaluate(
 ) -> Evaluation:
     """Judge a run on the held-out groups of a store and write the report; settings are those of `EvaluateConfig`.
 
-    Without `out` it goes to ``<run>/evaluation/<name of the store>``.
+    Without `out` it goes to ``<run>/evaluation/<name of the store>``; an earlier evaluation there is replaced.
     """
     run, store = _opened(run, store)
     out = Path(out) if out is not None else run.path / "evaluation" / store.path.stem

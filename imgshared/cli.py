@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import re
 import sys
@@ -34,11 +35,12 @@ KINDS: dict[str, type[Any]] = {
 }
 
 
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 SETTING = re.compile(r"[A-Za-z_][^/\\=]*=")  # key=value; a path with = in its first part is written ./a=b
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, 2 for input that cannot be used, 130 where interrupted."""
+    """Run a command; return 0, 2 for unusable input or a disk that cannot be written, 130 where interrupted."""
     parser = _parser()
     words = list(sys.argv[1:] if argv is None else argv)
     pairs = zip(["", *words], words, strict=False)
@@ -53,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except InputError as error:
         print(f"imgshared: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(f"imgshared: error: cannot write{where}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = (

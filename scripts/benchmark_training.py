@@ -5,7 +5,8 @@
 One run measures, in turn and repeatedly, plain float32 in the default memory format against what `train` uses
 (channels_last, and bf16 where the hardware has it): 128-pixel crops, stage 1 of `configs/apollo_published.yaml`, four
 decoders, batch 64, one protein a cell. Then it trains from a store of random crops and measures how long a step waits
-for its batch, with the crops in memory and streamed from disk. Figures are medians; read the ratios.
+for its batch, with the crops in memory and streamed from disk; and how the time of the free latents' step depends on the
+number of cells. Figures are medians; read the ratios.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from imgshared.data.normalise import Normaliser
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore, StoreWriter, panel_table
 from imgshared.methods.apollo import Apollo
+from imgshared.models.latents import LatentTable
 from imgshared.training.devices import has_bf16
 from imgshared.types import Batch
 
@@ -77,8 +79,20 @@ def main() -> None:
     print(markdown(rows))
     loading = measure_loading(used, device, a.steps)
     print("\n" + markdown(loading))
+    latents = measure_latents(device)
+    print("\n" + markdown(latents))
     if a.record:
-        record(a.record, {"speed": rows, "loading": loading, "crop_px": CROP, "batch": BATCH, "device": str(device)})
+        record(
+            a.record,
+            {
+                "speed": rows,
+                "loading": loading,
+                "latents": latents,
+                "crop_px": CROP,
+                "batch": BATCH,
+                "device": str(device),
+            },
+        )
 
 
 def compare(device: torch.device, steps: int) -> tuple[list[dict[str, object]], Bench]:
@@ -129,6 +143,22 @@ def _share(bench: Bench, feed: Feed, steps: int) -> dict[str, object]:
     batches.close()  # type: ignore[attr-defined]
     wait, work = float(np.median(waits[1:])), float(np.median(works[1:]))
     return {"wait (ms)": 1000 * wait, "step (ms)": 1000 * work, "share (%)": 100 * wait / (wait + work)}
+
+
+def measure_latents(device: torch.device, dim: int = 128, steps: int = 50) -> list[dict[str, object]]:
+    """Return the time of drawing and updating a batch of rows, by the number of cells."""
+    out = []
+    for cells in (10_000, 100_000, 1_000_000):
+        table = LatentTable(cells, dim, std=0.1, seed=0)
+        seconds = []
+        for _ in range(steps):
+            rows = torch.randperm(cells)[:BATCH].to(device)
+            began = time.perf_counter()
+            table.draw(rows).square().sum().backward()
+            table.step(0.1)
+            seconds.append(time.perf_counter() - began)
+        out.append({"cells": f"{cells:,}", "latent step (ms)": 1000 * float(np.median(seconds))})
+    return out
 
 
 def random_store(path: Path, cells: int) -> CellStore:

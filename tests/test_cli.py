@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 
@@ -153,6 +154,14 @@ def test_from_images_to_report(capsys, tmp_path, monkeypatch):
     report = run / "evaluation" / "cells" / "report.html"
     assert all(marker in report.read_text() for marker in store.panel.proteins)
     assert "one class" in fails(capsys, "evaluate", "runs/tiny", "cells.zarr", "labels=[group]")
+
+
+def test_a_full_disk_is_named_by_every_command(capsys, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "sim"))
+
+    monkeypatch.setattr("imgshared.api.simulate", full)
+    assert f"cannot write {tmp_path / 'sim'}: No space left" in fails(capsys, "simulate", tmp_path / "sim")
 
 
 def test_it_runs_as_a_command():

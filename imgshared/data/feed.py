@@ -19,6 +19,7 @@ from imgshared.data.store import CellStore
 from imgshared.types import Batch
 
 AHEAD = 4  # batches read ahead of need
+BLOCK = 1024  # crops read at a time into memory
 Residency = Literal["device", "memory", "stream"]
 
 
@@ -60,7 +61,7 @@ class Feed:
         self.measured = torch.from_numpy(self.store.measured[self.cells][:, list(self.channels)])
         self._crops: Tensor | None = None
         if self.residency != "stream":
-            self._crops = self._read(self.cells)
+            self._crops = self._read_all()
             if self.residency == "device":
                 self._crops, self.measured = self._crops.to(self.device), self.measured.to(self.device)
 
@@ -103,6 +104,14 @@ class Feed:
         measured = self.measured[rows.to(self.measured.device)].to(self.device)
         images = self.normaliser.forward(raw.to(self.device, non_blocking=True)) * measured[..., None, None]
         return Batch(rows.to(self.device), images.contiguous(memory_format=torch.channels_last), measured)
+
+    def _read_all(self) -> Tensor:
+        """Read block by block: memory holds the crops once, not the copies that reading makes."""
+        shape = (len(self.cells), len(self.channels), self.store.crop_px, self.store.crop_px)
+        crops = torch.empty(shape, dtype=self._read(self.cells[:1]).dtype)
+        for start in range(0, len(self.cells), BLOCK):
+            crops[start : start + BLOCK] = self._read(self.cells[start : start + BLOCK])
+        return crops
 
     def _read(self, cells: NDArray[np.integer[Any]]) -> Tensor:
         crops = self.store.images(cells)[:, list(self.channels)]

@@ -91,8 +91,11 @@ def fit_normaliser(
     Raises
     ------
     InputError
-        Where a marker is measured in none of the cells or is constant in them; the message names it.
+        Where a marker is measured in none of the cells or is constant in them; the message names it. Where `low` is
+        not below `high`.
     """
+    if low >= high:
+        raise InputError(f"normalise.low = {low:g} must be below normalise.high = {high:g}: both are percentiles")
     rng = np.random.default_rng(seed)
     bounds = []
     for channel in channels:

@@ -109,7 +109,7 @@ def prepare(
     manifest
         CSV or Parquet, one row an image; see `read_manifest`.
     out
-        The store to write; pictures of the outlines go beside it, into ``<out>.qc``.
+        The store to write; pictures of the outlines go beside it, into ``<out without .zarr>.qc``.
     crop_px
         Side of the crops, pixels (after resampling).
     pixel_size_um
@@ -174,7 +174,7 @@ def _read_joined(path: Path, table: Manifest, image_column: str | None, label_co
 
 
 def _picture_folder(out: Path) -> Path:
-    folder = out.with_suffix(".qc")
+    folder = out.with_name(f"{out.name.removesuffix('.zarr')}.qc")
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()

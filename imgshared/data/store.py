@@ -45,13 +45,15 @@ class StoreWriter:
     path
         The store to write, a folder.
     overwrite
-        Replace an existing store; otherwise refuse it with `InputError`.
+        Replace an existing store; otherwise refuse it with `InputError`. Anything but a store is always refused.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         self.path, self.partial = Path(path), Path(f"{path}.partial")
         if self.path.exists() and not overwrite:
             raise InputError(f"{self.path} exists already: choose another name, or pass --overwrite to replace it")
+        if self.path.exists() and not (self.path / "zarr.json").exists():
+            raise InputError(f"{self.path} is not a store, so it is not replaced: choose another name")
         if self.partial.exists():
             shutil.rmtree(self.partial)
         self.partial.parent.mkdir(parents=True, exist_ok=True)
@@ -133,9 +135,7 @@ class StoreWriter:
                 write(self._root["obsm"], name, small)
             write(self._root, "uns", {"imgshared": json.dumps({**info, "data_hash": self._hash.hexdigest()})})
         self._root.attrs[COMPLETE] = True
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.partial.rename(self.path)
+        put_in_place(self.partial, self.path)
         return self.path
 
 
@@ -238,9 +238,24 @@ class CellStore:
         if len(cells) == 0:
             return np.empty((0, *array.shape[1:]), array.dtype)
         unique, inverse = np.unique(cells, return_inverse=True)
-        far = np.flatnonzero(np.diff(unique) > 4 * array.chunks[0]) + 1
-        runs = np.split(unique, far)  # near cells in one slice: Zarr's own fancy index is slow and large on shards
-        return np.concatenate([np.asarray(array[r[0] : r[-1] + 1])[r - r[0]] for r in runs])[inverse]
+        shard = (array.shards or array.chunks)[0]
+        far = (np.diff(unique) > 4 * array.chunks[0]) | (np.diff(unique // shard) > 0)  # no slice exceeds a shard
+        rows, start = np.empty((len(unique), *array.shape[1:]), array.dtype), 0
+        # Near cells in one slice: Zarr's own fancy index is slow and large on shards.
+        for run in np.split(unique, np.flatnonzero(far) + 1):
+            rows[start : start + len(run)] = np.asarray(array[run[0] : run[-1] + 1])[run - run[0]]
+            start += len(run)
+        return rows if np.array_equal(unique, cells) else rows[inverse]
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a finished folder its name; what had it steps aside first, so that nothing half deleted ever carries it."""
+    old = Path(f"{path}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _open_complete(path: Path) -> zarr.Group:

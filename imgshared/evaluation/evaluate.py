@@ -133,6 +133,8 @@ def evaluate(
         progress=partial(say, "training cells"),
     )
     test = gather(test_cells, against=floors, features=by_features, crops=cnn, progress=partial(say, "held-out cells"))
+    if test.fidelity.empty:
+        raise InputError(f"{store.path}: no protein of the model is measured in any held-out cell: nothing to judge")
     test.fidelity["group"] = test.obs[config.group].astype(str).to_numpy()[test.fidelity["position"].to_numpy(int)]
 
     boot = {"n": config.bootstrap, "seed": config.seed}
@@ -154,22 +156,29 @@ def evaluate(
         "labels": labels,
         "probes": probes,
     }
+    if len(set(test.fidelity["group"])) == 1:
+        notes.insert(
+            0, f"One value of {config.group!r} is held out: no interval can be given, verdicts rest on it alone"
+        )
     summary = verdict.sentences(stains, labels, panel.chromatin)
     counts = {part: int((parts == part).sum()) for part in ("train", "val", "test", "none")}
     used = {"train": len(train_cells), "test": len(test_cells)}
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    for stale in ("metrics.json", "cells.csv", "probabilities.parquet", "report.html"):
+        (out / stale).unlink(missing_ok=True)  # of an earlier evaluation: results never mix
     say("report", 0, 1)
     shown = Shown(run, store, config, panel, test, tables, summary, notes, counts, used)
     report = write_report(shown, make, out / "report.html")
     cells = _cell_table(test, config)
     plain: dict[str, Any] = {"summary": summary, "notes": notes, "cells": counts, "cells_used": used}
     plain |= {name: _records(table) for name, table in tables.items()}
-    _write(out / "metrics.json", lambda path: path.write_text(json.dumps(plain, indent=1) + "\n"))
     _write(out / "cells.csv", lambda path: cells.to_csv(path, index=False, float_format="%.5g"))
     if len(probabilities):
         _write(out / "probabilities.parquet", lambda path: probabilities.to_parquet(path, index=False))
+    # The last one: where it stands, the others do.
+    _write(out / "metrics.json", lambda path: path.write_text(json.dumps(plain, indent=1) + "\n"))
     say("report", 1, 1)
     return Evaluation(**tables, cells=cells, probabilities=probabilities, summary=summary, report=report, metrics=plain)
 

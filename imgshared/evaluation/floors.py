@@ -15,11 +15,6 @@ SIGMAS = (0, 1, 2, 4, 8, 16, 32)  # px
 PIXELS = 256  # of each crop that the regression is fitted on
 
 
-def marker_mean(crops: Floats) -> Floats:
-    """Mean of (n, Y, X) training crops: (Y, X), the best guess that knows the marker but not the cell."""
-    return np.asarray(crops.mean(0), np.float32)
-
-
 class Floors:
     """Both floors of every marker, fitted on blocks of training cells; memory does not grow with their number.
 
@@ -57,7 +52,7 @@ class Floors:
         return bool(self.cells[channel])
 
     def marker_mean(self, channel: int) -> Floats:
-        """Mean training crop, (Y, X)."""
+        """Mean training crop, (Y, X): the best guess that knows the marker but not the cell."""
         assert self._total is not None
         return np.asarray(self._total[channel] / self.cells[channel], np.float32)
 

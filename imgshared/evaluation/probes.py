@@ -81,12 +81,8 @@ def _ridge(
     x: NDArray[np.float32], y: NDArray[np.float64], groups: NDArray[Any], x_test: NDArray[np.float32]
 ) -> NDArray[np.float64]:
     units = len(np.unique(groups))
-    scaled = StandardScaler().fit(x)
-    if units < 2:
-        model = make_pipeline(scaled, Ridge(100.0)).fit(x, y)
-    else:
-        folds = list(GroupKFold(min(units, 4)).split(x, y, groups))
-        model = make_pipeline(StandardScaler(), RidgeCV(ALPHAS, cv=folds)).fit(x, y)
+    folds = list(GroupKFold(min(units, 4)).split(x, y, groups)) if units > 1 else []
+    model = make_pipeline(StandardScaler(), RidgeCV(ALPHAS, cv=folds) if folds else Ridge(100.0)).fit(x, y)
     return np.asarray(model.predict(x_test), np.float64)
 
 

@@ -25,7 +25,7 @@ PERCENTILES = ((10, "poor"), (50, "median"), (90, "good"))  # of the per-cell Pe
 MAPS = 4  # columns of the latent maps
 SPECIFIC_MAPS = 4  # specific latents shown beside the shared one
 MAP_CELLS = 3000  # dots a map
-SCORES = {  # column: heading, digits
+SCORES = {  # column: heading
     "pearson": "Pearson r, per cell",
     "pearson_pooled": "Pearson r, all pixels",
     "ssim": "SSIM",

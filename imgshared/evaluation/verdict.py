@@ -49,7 +49,7 @@ def judge_labels(scores: pd.DataFrame, contrasts: pd.DataFrame) -> pd.DataFrame:
         close = gap["value"] > -MARGIN
         if not told["real"]:
             verdict = ABSENT
-        elif not (told["predicted"] or close):
+        elif not told["predicted"]:
             verdict = LOST
         else:
             verdict = KEPT if close or gap["high"] >= 0 else PARTLY

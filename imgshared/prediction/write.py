@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from imgshared.config import PredictConfig
-from imgshared.data.store import CellStore, StoreWriter, panel_table
+from imgshared.data.store import CellStore, StoreWriter, panel_table, put_in_place
 from imgshared.prediction.cells import Progress, predict_batches
 from imgshared.prediction.run import Run
 from imgshared.prediction.types import Floats, PredictedCells
@@ -37,8 +37,9 @@ def predict(
     Written: `obs` of the store; `var` the predicted markers; `X` mean predicted intensity in each cell's mask;
     ``layers["measured"]``; ``obsm["predicted_images"]`` (N, T, Y, X) float32 in the raw units of the images, with
     ``full_images`` and ``shared_images`` on request; ``obsm["X_shared"]`` and ``obsm["X_<marker>"]``, the latents
-    (of the sources, and specific; NaN where a marker is not measured). With ``ome_tiff`` also
-    ``<out>.ome/<image>.ome.tif``, the cells of an image as frames (TCYX), measured and predicted channels named.
+    (of the sources, and specific; NaN where a marker is not measured; a slash in its name becomes _). With
+    ``ome_tiff`` also ``<out>.ome/<image>.ome.tif``, the cells of an image as frames (TCYX), measured and predicted
+    channels named.
 
     Raises
     ------
@@ -58,6 +59,8 @@ def predict(
         folder = Path(f"{out}.ome")
         frames = stack.enter_context(OmeFrames(run, store, targets, folder, overwrite)) if config.ome_tiff else None
         means, measured = _predict_all(run, store, targets, config, writer, frames, progress)
+        if frames:
+            frames.flush()  # all that may fill the disk comes before either folder gets its name
         writer.finish(
             store.obs, panel_table(run.panel).iloc[targets], means, layers={"measured": measured},
             obsm={"spatial": store.obsm("spatial")}, info=_info(run, store, config),
@@ -92,7 +95,7 @@ def _predict_all(
         writer.append(
             **{f"{name}_images": image for name, image in raw.items()},
             X_shared=part.shared["sources"],
-            **{f"X_{marker}": z for marker, z in part.specific.items()},
+            **{f"X_{marker.replace('/', '_')}": z for marker, z in part.specific.items()},
         )
         means.append(_mean_in_mask(raw["predicted"], part.masks))
         measured.append(part.measured[:, targets])
@@ -162,19 +165,17 @@ class OmeFrames:
         images = self._images[part.cells]
         for image in dict.fromkeys(images):
             if image != self._image:
-                self._write()
+                self.flush()
                 self._image = image
             rows = images == image
             self._frames.append(np.concatenate([real[rows], predicted[rows]], 1).astype(np.float32))
 
     def finish(self) -> None:
-        """Write the last image and give the folder its name."""
-        self._write()
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.partial.rename(self.folder)
+        """Give the folder its name."""
+        put_in_place(self.partial, self.folder)
 
-    def _write(self) -> None:
+    def flush(self) -> None:
+        """Write the image whose cells have come so far."""
         if self._image is None:
             return
         size = self.store.pixel_size_um

@@ -78,3 +78,8 @@ def test_select_and_dict_round_trip():
     assert Normaliser.from_dict(json.loads(json.dumps(normaliser.to_dict()))) == normaliser
     raw = torch.rand(2, 3, 4, 4)
     torch.testing.assert_close(normaliser.select([2]).forward(raw[:, [2]]), normaliser.forward(raw)[:, [2]])
+
+
+def test_percentiles_the_wrong_way_round_are_refused(toy):
+    with pytest.raises(InputError, match="low = 99 must be below"):
+        fit_normaliser(toy, np.arange(80), [0], low=99, high=1)

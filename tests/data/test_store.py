@@ -88,3 +88,31 @@ def test_what_is_no_store(tmp_path):
     (tmp_path / "file.zarr").write_text("no")
     with pytest.raises(InputError, match=r"file\.zarr is not a Zarr store"):
         CellStore(tmp_path / "file.zarr")
+
+
+def test_only_a_store_is_ever_replaced(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("irreplaceable")
+    with pytest.raises(InputError, match="thesis is not a store, so it is not replaced"):
+        StoreWriter(tmp_path / "thesis", overwrite=True)
+    assert (tmp_path / "thesis" / "chapter1.txt").exists()
+
+
+def test_scattered_cells_are_read_a_shard_at_a_time_at_most(tmp_path, monkeypatch):
+    monkeypatch.setattr("imgshared.data.store.SHARD_CHUNKS", 8)
+    images, masks = rows(6000)
+    store = CellStore(write(tmp_path / "a.zarr", [(images, masks)]))
+    array = store._array(IMAGES)
+    assert len(images) > array.shards[0] > 4 * array.chunks[0]
+    asked, get = [], type(array).__getitem__
+
+    def seen(self, key):
+        asked.append(key.stop - key.start)
+        return get(self, key)
+
+    monkeypatch.setattr(type(array), "__getitem__", seen)
+    cells = np.random.default_rng(0).permutation(6000)[:3000]
+    np.testing.assert_array_equal(store.images(cells), images[cells])
+    assert max(asked) <= array.shards[0]
+    in_order = np.arange(0, 6000, 7)
+    np.testing.assert_array_equal(store.images(in_order), images[in_order])

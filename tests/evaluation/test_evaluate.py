@@ -1,6 +1,7 @@
 """The whole evaluation on planted signals: what can be known is found, what cannot stays at chance."""
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -114,6 +115,20 @@ def test_labels_are_not_needed(world, run, store, tmp_path):
     assert found.classifiers.empty
     assert found.metrics["cells_used"] == {"train": 80, "test": 80}
     assert "a random sample" in found.report.read_text()
+
+
+def test_results_of_two_evaluations_never_mix(done, world, run, store, tmp_path):
+    assert (tmp_path / "out" / "probabilities.parquet").exists()
+    evaluate(run, store, tmp_path / "out", EvaluateConfig(bootstrap=100, max_cells=60), predict=world.predict)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["cells.csv", "metrics.json", "report.html"]
+
+
+def test_a_single_held_out_group_is_said_to_have_no_interval(world, run, store, tmp_path):
+    run.split = replace(run.split, test=("donor11",))
+    config = EvaluateConfig(bootstrap=100)
+    found = evaluate(run, store, tmp_path / "out", config, predict=world.predict)
+    assert found.fidelity["low"].isna().all()
+    assert "no interval can be given" in found.report.read_text()
 
 
 def test_classifiers_from_training_cells(world, run, store, tmp_path):

@@ -226,6 +226,21 @@ def test_a_prediction_that_fails_leaves_nothing(trained_run, toy, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_at_the_last_picture_leaves_nothing(trained_run, toy, tmp_path, monkeypatch):
+    write, calls = tifffile.imwrite, []
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:  # the last image
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(tifffile, "imwrite", fail)
+    with pytest.raises(InputError, match="the disk is full"):
+        predict(trained_run, toy, tmp_path / "p.zarr", PredictConfig(ome_tiff=True))
+    assert not list(tmp_path.iterdir())
+
+
 def test_progress_counts_cells(trained_run, toy, tmp_path):
     seen = []
     config = PredictConfig(batch_size=32)
@@ -266,6 +281,8 @@ def test_the_api_takes_paths_and_settings(trained_run, toy, tmp_path):
     assert list(anndata.read_zarr(out).var_names) == ["P1"]
     with pytest.raises(InputError, match=r"PredictConfig: unknown key 'marker'. Did you mean 'markers'\?"):
         api.predict(trained_run, toy, tmp_path / "q.zarr", marker=["P1"])
+    with pytest.raises(InputError, match="overrides change a YAML file, not an Experiment: seed=3"):
+        api.train(trained_run.experiment, "seed=3", out=tmp_path / "run")
     beside = api.predict(trained_run, toy)
     assert beside == trained_run.path / "predictions" / "cells.zarr"
     assert torch.is_grad_enabled()
