@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from imgshared.config import ApolloConfig, AugmentConfig, Experiment, MethodConfig
 from imgshared.data.augment import Augment, channel_intensity, paired_geometry
 from imgshared.data.normalise import Normaliser, fit_normaliser
@@ -52,7 +54,19 @@ def build_method(config: MethodConfig, panel: Panel, crop_px: int) -> Method:
     """Return the method with fresh networks."""
     match config:
         case ApolloConfig():
+            _refuse_ignored(config)
             return Apollo(config, markers=len(panel), chromatin=panel.chromatin_index, crop_px=crop_px)
+
+
+def _refuse_ignored(config: ApolloConfig) -> None:
+    """Refuse settings that the chosen variant of apollo would not use."""
+    two_step = ("latent_noise", "latent_init_std", "norm_weight", "lr_decoder", "lr_latent", "encoder_epochs")
+    unused = two_step if config.one_step else ("kl_weight", "match_weight")
+    for field in dataclasses.fields(config):
+        if field.name in unused and getattr(config, field.name) != field.default:
+            raise InputError(
+                f"method.{field.name} has no effect with method.one_step={str(config.one_step).lower()}: leave it out"
+            )
 
 
 def build_augment(config: AugmentConfig, method: MethodConfig) -> Augment:

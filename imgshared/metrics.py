@@ -118,7 +118,13 @@ def auroc(groups: ArrayLike, truth: ArrayLike, probabilities: ArrayLike) -> Stat
     codes, scores = np.asarray(truth), np.asarray(probabilities, np.float64)
     classes = [1] if scores.shape[1] == 2 else list(range(scores.shape[1]))
     each = [_binary_auroc(groups, codes == k, scores[:, k]) for k in classes]
-    return lambda counts: np.mean([statistic(counts) for statistic in each], axis=0)
+
+    def statistic(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+        values = np.stack([one(counts) for one in each])
+        known = np.isfinite(values)  # a class that is absent, or alone, has no curve
+        return _ratio(np.where(known, values, 0).sum(0), known.sum(0))
+
+    return statistic
 
 
 def _binary_auroc(groups: ArrayLike, positive: NDArray[np.bool_], score: NDArray[np.float64]) -> Statistic:

@@ -35,7 +35,7 @@ class Feed:
     Parameters
     ----------
     store, cells, channels
-        The crops: rows of the store and the channels of the model's panel.
+        The crops: rows of the store, and the channel of each marker of the model's panel (None: not in the store).
     normaliser
         Of those channels.
     device
@@ -48,7 +48,7 @@ class Feed:
 
     store: CellStore
     cells: NDArray[np.integer[Any]]
-    channels: Sequence[int]
+    channels: Sequence[int | None]
     normaliser: Normaliser
     device: torch.device
     residency: Residency
@@ -58,7 +58,7 @@ class Feed:
     world: int = 1
 
     def __post_init__(self) -> None:
-        self.measured = torch.from_numpy(self.store.measured[self.cells][:, list(self.channels)])
+        self.measured = torch.from_numpy(self._pick(self.store.measured[self.cells]))
         self._crops: Tensor | None = None
         if self.residency != "stream":
             self._crops = self._read_all()
@@ -114,10 +114,18 @@ class Feed:
         return crops
 
     def _read(self, cells: NDArray[np.integer[Any]]) -> Tensor:
-        crops = self.store.images(cells)[:, list(self.channels)]
+        crops = self._pick(self.store.images(cells))
         if crops.dtype == np.uint16 and self.residency == "device":
             crops = crops.astype(np.int32)  # torch indexes uint16 on the CPU alone
         return torch.from_numpy(np.ascontiguousarray(crops))
+
+    def _pick(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Take the panel's channels of (n, C, ...) values; zero for a marker that the store does not hold."""
+        picked = np.zeros((len(values), len(self.channels), *values.shape[2:]), values.dtype)
+        for c, channel in enumerate(self.channels):
+            if channel is not None:
+                picked[:, c] = values[:, channel]
+        return picked
 
 
 def choose_residency(

@@ -31,8 +31,9 @@ def judge_stains(gains: pd.DataFrame) -> pd.DataFrame:
 def judge_labels(scores: pd.DataFrame, contrasts: pd.DataFrame) -> pd.DataFrame:
     """One row a label x marker x backend: AUROC of `real`, `predicted`, `chromatin`, and a verdict.
 
-    ``kept``: the prediction tells the label and loses less than 0.05 of AUROC, or nothing beyond the interval;
-    ``partly kept``: it tells the label, clearly worse; ``lost``: the real stain tells it, the prediction does not;
+    ``kept``: the prediction tells the label, and the interval of its loss of AUROC stays below 0.05: non-inferior;
+    ``partly kept``: it tells the label, worse or not certainly as well;
+    ``lost``: the real stain tells it, the prediction does not;
     ``not in the real stain``. `beyond_chromatin` marks a prediction that tells clearly more than the chromatin it was
     made from, which asks for a second look.
     """
@@ -46,13 +47,12 @@ def judge_labels(scores: pd.DataFrame, contrasts: pd.DataFrame) -> pd.DataFrame:
         gaps = {r["contrast"]: r for r in contrasts[here].to_dict("records")}
         told = {name: _told(r) for name, r in by_input.items()}
         gap, over = gaps["predicted - real"], gaps["predicted - chromatin"]
-        close = gap["value"] > -MARGIN
         if not told["real"]:
             verdict = ABSENT
         elif not told["predicted"]:
             verdict = LOST
         else:
-            verdict = KEPT if close or gap["high"] >= 0 else PARTLY
+            verdict = KEPT if _or(gap["low"], gap["value"]) > -MARGIN else PARTLY
         values = {name: r["value"] for name, r in by_input.items()}
         beyond = bool(_or(over["low"], over["value"]) > MARGIN)
         row = {"label": label, "marker": marker, "backend": backend, "verdict": verdict, "beyond_chromatin": beyond}

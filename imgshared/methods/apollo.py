@@ -49,6 +49,7 @@ class Apollo(Method):
     def __init__(self, config: ApolloConfig, *, markers: int, chromatin: int, crop_px: int) -> None:
         super().__init__()
         self.config, self.markers, self.chromatin = config, markers, chromatin
+        self.split_decoders = config.shared_decoders and config.specific_dim > 0  # without z_m, D is D'
         self.marker = nn.Embedding(markers, config.marker_dim)
         latent_dim = config.shared_dim + config.specific_dim
         encoders, decoders, shared_decoders = {}, {}, {}
@@ -58,7 +59,7 @@ class Apollo(Method):
                 condition_dim=condition, outputs=2 if config.one_step else 1,
             )  # fmt: skip
             decoders[modality] = LatentDecoder(crop_px, config.channels, latent_dim, condition_dim=condition)
-            if config.shared_decoders:
+            if self.split_decoders:
                 shared_decoders[modality] = LatentDecoder(
                     crop_px, config.channels, config.shared_dim, condition_dim=condition
                 )
@@ -139,7 +140,7 @@ class Apollo(Method):
         kind = self.config.likelihood
         full = self.decoders[s.modality](torch.cat([z_s, z_m], 1), condition)
         terms = {f"{s.modality}/full": reconstruction(full, target, kind)}
-        if self.config.shared_decoders:
+        if self.split_decoders:
             shared = self.shared_decoders[s.modality](z_s, condition)
             terms[f"{s.modality}/shared"] = reconstruction(shared, target, kind)
         return terms
@@ -252,7 +253,7 @@ class Apollo(Method):
     def _decode(self, s: Stains, z_s: Tensor, z_m: Tensor | None) -> Tensor:
         """D(z_s, z_m), or without z_m D'(z_s); where there is no D', D with z_m = 0, the centre of its penalty."""
         condition = self._condition(s)
-        if z_m is None and self.config.shared_decoders:
+        if z_m is None and self.split_decoders:
             return self.shared_decoders[s.modality](z_s, condition)  # type: ignore[no-any-return]
         if z_m is None:
             z_m = z_s.new_zeros(len(z_s), self.config.specific_dim)

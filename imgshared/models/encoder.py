@@ -46,7 +46,9 @@ class SplitEncoder(nn.Module):
     ) -> None:
         super().__init__()
         side = final_side(crop_px, channels)
-        if not 0 < shared_channels < channels[-1]:
+        if not specific_dim:
+            shared_channels = channels[-1]  # nothing to split off
+        elif not 0 < shared_channels < channels[-1]:
             raise InputError(
                 f"method.shared_channels = {shared_channels} must lie between 1 and {channels[-1] - 1}: "
                 "the rest of the last convolution's channels feed the specific head"

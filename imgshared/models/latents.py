@@ -13,8 +13,9 @@ Gather = Callable[[Tensor], Tensor]  # concatenates a tensor's rows over all ran
 class LatentTable:
     """Rows of free parameters in host memory, with Adam moments that rest beside them.
 
-    A step reads, updates and writes the rows of the batch alone, so device memory and the time of a step do not depend
-    on how many cells there are; moments' pages are zero and untouched (not resident) until their cell is first seen.
+    A step reads, updates and writes the rows of the batch alone: the device never holds more than a batch, and no state
+    of a cell outside it is computed with. Values and both moments of all cells rest in host memory (and in `last`
+    checkpoints): 12 bytes a latent dimension and row, the moments from a cell's first step on.
     Each row counts its own steps: a row's path equals that of `torch.optim.Adam` on that row alone, stepped when drawn.
 
     Parameters

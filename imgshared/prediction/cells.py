@@ -67,15 +67,16 @@ def predict_batches(
     InputError
         Where the store breaks the model's contract, a source is unknown, or a cell has none of the sources.
     """
-    channels = run.contract.check(store)
     chosen = torch.zeros(len(run.panel), dtype=torch.bool)
     chosen[run.panel.indices(sources or [run.panel.chromatin])] = True
-    without = ~(store.measured[cells][:, channels] & chosen.numpy()).any(1)
-    if without.any():
-        names = ", ".join(m for m, c in zip(run.panel.markers, chosen, strict=True) if c)
-        raise InputError(f"{store.path}: {int(without.sum())} cells have none of the sources measured ({names})")
+    needed = [m for m, c in zip(run.panel.markers, chosen, strict=True) if c]
+    channels = run.contract.check(store, needed)
     device = run.fabric.device
     feed = Feed(store, cells, channels, run.normaliser, device, "stream", batch_size)
+    without = ~(feed.measured & chosen).any(1)
+    if without.any():
+        names = ", ".join(needed)
+        raise InputError(f"{store.path}: {int(without.sum())} cells have none of the sources measured ({names})")
     start = 0
     for batch in feed.once(batch_size):
         rows = cells[start : start + len(batch.index)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -78,8 +78,13 @@ class Contract:
             data["data_hash"],
         )
 
-    def check(self, store: CellStore) -> list[int]:
+    def check(self, store: CellStore, needed: Sequence[str] | None = None) -> list[int | None]:
         """Return the store's channel of each of the model's markers; order is mended by name.
+
+        Parameters
+        ----------
+        needed
+            Markers that the store must hold; None is all. Another marker may be missing: its channel is None.
 
         Raises
         ------
@@ -87,27 +92,24 @@ class Contract:
             Names the first term that the store breaks: a missing marker, the crop size, the pixel size, the dtype.
         """
         missing = []
-        channels = []
+        channels: list[int | None] = []
         for marker in self.panel.markers:
             names = (marker, *self.panel.aliases.get(marker, ()))
             found = [store.panel.index(n) for n in names if _has(store.panel, n)]
-            if found:
-                channels.append(found[0])
-            else:
+            channels.append(found[0] if found else None)
+            if not found and (needed is None or marker in needed):
                 missing.append(marker)
         if missing:
             raise InputError(
-                f"{store.path} lacks the marker(s) {', '.join(missing)} that the model was trained with; it holds "
+                f"{store.path} lacks the marker(s) {', '.join(missing)} that the model needs; it holds "
                 f"{', '.join(store.panel.markers)}. If a marker goes by another name, prepare the store with aliases"
             )
+        size = (
+            f"prepare with pixel_size_um={self.pixel_size_um}" if self.pixel_size_um else "the model knows pixels alone"
+        )
         for term, ours, theirs, mend in (
             ("crop size (px)", self.crop_px, store.crop_px, f"prepare with crop_px={self.crop_px}"),
-            (
-                "pixel size (um)",
-                self.pixel_size_um,
-                store.pixel_size_um,
-                f"prepare with pixel_size_um={self.pixel_size_um}",
-            ),
+            ("pixel size (um)", self.pixel_size_um, store.pixel_size_um, size),
             ("dtype", self.dtype, str(store.dtype), "convert the images, or train on data of this kind"),
         ):
             if not _same(ours, theirs):

@@ -88,6 +88,7 @@ class Trainer:
         self.augment = build_augment(experiment.augment, experiment.method)
         torch.manual_seed(mix(experiment.seed))
         method = build_method(experiment.method, panel, store.crop_px)
+        tree = self._saved(run) if resume else {}
         begin_run(experiment, run, resume, self.fabric)  # after all that may refuse the configuration
         if self.fabric.is_global_zero:
             (run / "contract.json").write_text(json.dumps(self.contract.to_dict(), indent=2) + "\n")
@@ -97,8 +98,8 @@ class Trainer:
         self.method: Method = method.to(self.fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.position = Position()
         self._resumed_optimizers: dict[str, Any] = {}
-        if resume and last_path(run).exists():
-            self._take_up()
+        if tree:
+            self._take_up(tree)
         self.log = RunLog(run, self.position.total, active=self.fabric.is_global_zero, console=console)
         self._stop_asked = False
 
@@ -121,6 +122,7 @@ class Trainer:
             self._save()
         finally:
             self.log.close()
+        self.fabric.barrier()  # no rank looks for `best` before it is written
         self.log.say(f"done: {self.run}")
 
     def _run_stage(self, stage: Stage) -> None:
@@ -246,12 +248,21 @@ class Trainer:
             tree["optimizers"] = {player: _plain_state(o) for player, o in (optimizers or {}).items()}
         save(best_path(self.run) if best else last_path(self.run), tree, self.contract)
 
-    def _take_up(self) -> None:
-        tree, contract = load(last_path(self.run))
-        if contract.data_hash != self.contract.data_hash:
+    def _saved(self, run: Path) -> dict[str, Any]:
+        """Return what the last checkpoint holds, empty without one, refusing one of other data."""
+        if not last_path(run).exists():
+            return {}
+        tree, contract = load(last_path(run))
+        before, now = contract.to_dict(), self.contract.to_dict()
+        broken = [term.replace("_", " ") for term in now if before[term] != now[term]]
+        if broken:
             raise InputError(
-                f"{self.experiment.data} is not the store that {self.run} was begun with: its data hash differs"
+                f"{self.experiment.data} is not what {run} was begun with: the {', '.join(broken)} differ(s). "
+                "Begin a new run (--out)"
             )
+        return tree
+
+    def _take_up(self, tree: dict[str, Any]) -> None:
         self.method.load_state_dict(tree["model"])
         for name, table in self.method.tables.items():
             table.load(tree["tables"][name])
@@ -261,7 +272,8 @@ class Trainer:
     def _feed(self, store: CellStore, cells: Any) -> Feed:
         channels, fabric = store.panel.indices(self.contract.panel.markers), self.fabric
         wish = self.config.residency
-        residency = choose_residency(wish, store, len(cells), len(channels), fabric.device)
+        here = len(cells) * fabric.world_size  # every rank of this host holds them
+        residency = choose_residency(wish, store, here, len(channels), fabric.device)
         if residency == "device" and self.augment.geometry:
             residency = "memory"  # albumentations works on the host
         return Feed(

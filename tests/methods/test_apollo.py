@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from imgshared.build import build_method
 from imgshared.config import ApolloConfig, Experiment, load
+from imgshared.data.panel import Panel
 from imgshared.methods.apollo import Apollo
-from imgshared.types import Batch
+from imgshared.types import Batch, InputError
 
 SMALL = ApolloConfig(
     channels=(8, 16, 12),
@@ -231,3 +233,10 @@ def test_the_published_configuration_has_the_published_sizes(request: pytest.Fix
     assert (encoder.shared_head.out_features, encoder.specific_head.out_features) == (1024, 200)
     assert method.decoders["protein"].expand[0].in_features == 1024 + 200 + 64
     assert method.shared_decoders["chromatin"].expand[0].in_features == 1024
+
+
+@pytest.mark.parametrize("change", [{"one_step": True, "latent_noise": 0.5}, {"kl_weight": 1e-3}])
+def test_a_setting_without_effect_is_refused(change: dict[str, object]) -> None:
+    panel = Panel(("DNA", "P"), "DNA")
+    with pytest.raises(InputError, match=f"method.{list(change)[-1]} has no effect"):
+        build_method(replace(SMALL, encoder_epochs=30, latent_epochs=40, **change), panel, 16)  # type: ignore[arg-type]

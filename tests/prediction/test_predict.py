@@ -139,13 +139,23 @@ def test_unknown_markers_are_named_with_the_nearest(trained_run, toy, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_store_that_breaks_the_contract_is_refused(trained_run, arrays, write_store, tmp_path):
+def test_a_store_that_lacks_a_source_is_refused_by_name(trained_run, arrays, write_store, tmp_path):
     images, measured, masks, obs = arrays
-    panel = Panel(("DNA", "P1"), "DNA")
+    panel = Panel(("DAPI", "P1"), "DAPI")
     other = CellStore(write_store(tmp_path / "o.zarr", images[:, :2], measured[:, :2], masks, obs, panel=panel))
-    with pytest.raises(InputError, match=r"o\.zarr lacks the marker\(s\) P2"):
+    with pytest.raises(InputError, match=r"o\.zarr lacks the marker\(s\) DNA"):
         predict(trained_run, other, tmp_path / "p.zarr")
     assert [p.name for p in tmp_path.iterdir()] == ["o.zarr"]
+
+
+def test_chromatin_alone_is_enough(trained_run, toy, arrays, write_store, tmp_path):
+    images, measured, masks, obs = arrays
+    panel = Panel(("DNA",), "DNA")
+    only = CellStore(write_store(tmp_path / "o.zarr", images[:, :1], measured[:, :1], masks, obs, panel=panel))
+    ours, whole = predict_cells(trained_run, only), predict_cells(trained_run, toy)
+    np.testing.assert_array_equal(ours.images["predicted"], whole.images["predicted"])
+    assert not ours.measured[:, 1:].any()
+    assert np.isnan(ours.shared["P1"]).all()
 
 
 def test_predictions_are_no_input(trained_run, toy, tmp_path):

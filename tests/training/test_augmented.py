@@ -14,7 +14,7 @@ def test_geometry_works_on_the_host_wherever_the_crops_were_wanted(tiny, tmp_pat
     experiment = dataclasses.replace(
         tiny,
         augment=AugmentConfig(**change),
-        method=dataclasses.replace(tiny.method, one_step=True, latent_epochs=1),
+        method=dataclasses.replace(tiny.method, one_step=True, latent_epochs=1, encoder_epochs=30),
         train=dataclasses.replace(tiny.train, residency="device"),
     )
     said = io.StringIO()
