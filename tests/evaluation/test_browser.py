@@ -1,0 +1,58 @@
+"""The report in a real browser: every picture loads, tables sort on a click, nothing sticks out sideways."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from imgshared.config import EvaluateConfig
+from imgshared.evaluation.evaluate import evaluate
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+QUIET = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
+)
+PROBE = """
+<script>
+const table = [...document.querySelectorAll("table")].find(t => t.tBodies[0].rows.length > 3);
+const values = () => [...table.tBodies[0].rows].map(r => r.cells[r.cells.length - 1].dataset.sort);
+const before = values(), head = table.tHead.rows[0].lastElementChild;
+head.querySelector("button").click();
+const falling = values();
+head.querySelector("button").click();
+const found = {
+  broken: [...document.images].filter(i => !i.complete || i.naturalWidth === 0).length,
+  pictures: document.images.length,
+  sticksOut: document.documentElement.scrollWidth - window.innerWidth,
+  before, falling, rising: values(), said: head.getAttribute("aria-sort"),
+};
+document.title = "probe" + JSON.stringify(found);
+</script></body>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1200, 520])
+def test_report_in_a_browser(world, run, tmp_path, width):
+    store = world.store(tmp_path / "cells.zarr")
+    config = EvaluateConfig(labels=("drug",), factors=("size",), bootstrap=100)
+    done = evaluate(run, store, tmp_path / "out", config, predict=world.predict)
+    page = tmp_path / "probed.html"
+    page.write_text(done.report.read_text().replace("</body>", PROBE))
+    command = [
+        BROWSER,
+        *QUIET.split(),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},900",
+        "--dump-dom",
+    ]
+    dom = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    found = json.loads(re.search(r"<title>probe(.*?)</title>", dom, re.DOTALL).group(1).replace("&lt;", "<"))
+    assert found["pictures"] > 3
+    assert found["broken"] == 0
+    assert found["sticksOut"] <= 0
+    falling = [float(v) for v in found["falling"] if v]
+    assert falling == sorted(falling, reverse=True)
+    assert [float(v) for v in found["rising"] if v] == falling[::-1]
+    assert found["said"] == "ascending"
