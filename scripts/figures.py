@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 import imgshared
 from imgshared.evaluation.figures import BLUE, INK, ORANGE, SOFT
@@ -86,9 +87,13 @@ def scale_bar(ax: Axes, crop_px: int, pixel_size_um: float | None) -> None:
     """Draw a bar of about a quarter of the crop."""
     extent = crop_px * (pixel_size_um or 1)
     length = max(v for v in (1, 2, 5, 10, 20, 50) if v <= max(extent / 3, 1))
-    end = 3 + length / (pixel_size_um or 1)
-    ax.plot([3, end], [crop_px - 4, crop_px - 4], color="white", lw=2, solid_capstyle="butt")
-    ax.text(3, crop_px - 6, f"{length} {'µm' if pixel_size_um else 'px'}", color="white", fontsize=6.5, va="bottom")
+    left, bottom = 0.05 * crop_px - 0.5, 0.93 * crop_px - 0.5
+    edge = [withStroke(linewidth=2.5, foreground="black")]  # readable on bright crops
+    right = left + length / (pixel_size_um or 1)
+    ax.plot([left, right], [bottom, bottom], color="white", lw=2, solid_capstyle="butt", path_effects=edge)
+    unit = "µm" if pixel_size_um else "px"
+    above = bottom - 0.03 * crop_px
+    ax.text(left, above, f"{length} {unit}", color="white", fontsize=6.5, va="bottom", path_effects=edge)
 
 
 def probes(folder: Path) -> Figure:
