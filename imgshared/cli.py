@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import logging
 import re
 import sys
 import warnings
@@ -49,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.settings = settings
     if rest or (settings and arguments.verb == "demo"):
         parser.error(f"unrecognised: {' '.join(rest or settings)}")
-    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="zarr|anndata|lightning_fabric")
     try:
         arguments.run(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from typing import Literal
@@ -10,6 +11,10 @@ import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+
+logging.getLogger("lightning_fabric").setLevel(
+    logging.WARNING
+)  # its import sets INFO; `train` says the precision itself
 
 
 def make_fabric(
