@@ -53,5 +53,6 @@ def demo(out: Path, console: Console) -> Path:
         "     real ones; `drug` moves FOXO3 alone, so only real FOXO3 tells it. Predictions must stay at chance.\n"
         "  3. The probes: shared factors are read from z_s of chromatin, specific ones only from their own protein.",
         highlight=False,
+        soft_wrap=True,
     )
     return result.report

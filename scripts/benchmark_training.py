@@ -1,6 +1,6 @@
 """How fast apollo trains at its published sizes, and what data loading costs.
 
-    python scripts/benchmark_training.py [--steps 5] [--record benchmarks/training_cpu.json]
+    python scripts/benchmark_training.py [--steps 5] [--record benchmarks/training.json]
 
 One run measures, in turn and repeatedly, plain float32 in the default memory format against what `train` uses
 (channels_last, and bf16 where the hardware has it): 128-pixel crops, stage 1 of `configs/apollo_published.yaml`, four

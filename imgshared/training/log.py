@@ -80,7 +80,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self.active:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """End the bar and close the files."""
