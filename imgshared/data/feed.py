@@ -101,6 +101,8 @@ class Feed:
         return rows, geometry(raw, seed) if geometry else raw
 
     def _finish(self, rows: Tensor, raw: Tensor) -> Batch:
+        if raw.dtype == torch.uint16 and self.device.type != "cpu":
+            raw = raw.to(torch.int32)  # few kernels off the CPU know uint16
         measured = self.measured[rows.to(self.measured.device)].to(self.device)
         images = self.normaliser.forward(raw.to(self.device, non_blocking=True)) * measured[..., None, None]
         return Batch(rows.to(self.device), images.contiguous(memory_format=torch.channels_last), measured)

@@ -160,6 +160,10 @@ def evaluate(
         notes.insert(
             0, f"One value of {config.group!r} is held out: no interval can be given, verdicts rest on it alone"
         )
+    if store.data_hash != run.contract.data_hash:
+        notes.insert(
+            0, f"{store.path} is not the store that trained the model; its groups are told apart by name alone"
+        )
     summary = verdict.sentences(stains, labels, panel.chromatin)
     counts = {part: int((parts == part).sum()) for part in ("train", "val", "test", "none")}
     used = {"train": len(train_cells), "test": len(test_cells)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -47,7 +48,7 @@ class Stage:
     augment: bool = True
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """A translation method: its networks, its losses, how it translates.
 
     A training step of the loop, for the current stage::
@@ -66,9 +67,9 @@ class Method(nn.Module):
     stage: Stage
 
     @property
+    @abstractmethod
     def stages(self) -> Sequence[Stage]:
         """The stages in order."""
-        raise NotImplementedError
 
     def start(self, stage: Stage) -> None:
         """Freeze what the stage does not train, batch statistics included."""
@@ -83,22 +84,22 @@ class Method(nn.Module):
         """Make whatever belongs to single training cells; `measured` is (N, C) bool of the training cells in order."""
         self.tables = {}
 
+    @abstractmethod
     def loss(self, batch: Batch, player: str) -> LossTerms:
         """Return the training loss of a batch in the current stage."""
-        raise NotImplementedError
 
+    @abstractmethod
     def validate(self, batch: Batch) -> LossTerms:
         """Return the held-out loss of cells that were not trained on; lower is better."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, images: Tensor, measured: Tensor) -> Latents:
         """Return the latents of (B, C, Y, X) images, from the stains that `measured` (B, C) marks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
         """Predict the `targets` (channels) from the stains that `measured` marks, and from nothing else."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reconstruct(self, images: Tensor, measured: Tensor, *, specific: bool) -> Tensor:
         """Rebuild each measured stain from its own latents, with or without the specific one; (B, C, Y, X)."""
-        raise NotImplementedError

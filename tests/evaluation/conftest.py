@@ -124,4 +124,7 @@ def run(tmp_path):
     (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     donors = [f"donor{g:02d}" for g in range(12)]
     split = Split("group", tuple(donors[:6]), tuple(donors[6:8]), tuple(donors[8:]))
-    return SimpleNamespace(path=path, experiment=Experiment(data="cells.zarr"), panel=PANEL, split=split)
+    contract = SimpleNamespace(data_hash="of another store")
+    return SimpleNamespace(
+        path=path, experiment=Experiment(data="cells.zarr"), panel=PANEL, split=split, contract=contract
+    )

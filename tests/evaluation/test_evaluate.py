@@ -43,6 +43,7 @@ def test_evaluation_of_planted_signals(done, tmp_path, world, run):
     verdicts = done.labels.set_index(["label", "marker"])["verdict"]
     assert verdicts["switch", "Foci"] == "lost"
     assert verdicts["switch", "Rim"] == "not in the real stain"
+    assert "is not the store that trained the model" in done.report.read_text()
     assert verdicts["drug", "Rim"] == "kept"
 
     # Every input is given by the same cells: those with Foci.
