@@ -57,8 +57,9 @@ class RunLog:
     def advance(self, steps: int, cells_per_s: float, losses: str) -> None:
         """Move the bar."""
         if self.active:
-            fits = losses[: max(12, self.console.width - 66)]  # else the bar is squeezed to nothing
-            self._progress.update(self._task, advance=steps, cells_per_s=cells_per_s, losses=fits)
+            while "  " in losses and len(losses) > self.console.width - 66:  # else the bar is squeezed to nothing
+                losses = losses.rpartition("  ")[0]
+            self._progress.update(self._task, advance=steps, cells_per_s=cells_per_s, losses=losses)
 
     def record(self, step: int, epoch: int, stage: str, split: str, values: Mapping[str, float]) -> None:
         """Write one line of `metrics.jsonl` and its scalars to TensorBoard."""
