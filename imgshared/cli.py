@@ -22,7 +22,7 @@ predict unmeasured stains, and check the predictions.
   imgshared prepare manifest.csv cells.zarr          images and a table to a cell store
   imgshared train configs/apollo.yaml data=cells.zarr
   imgshared predict runs/apollo cells.zarr           unmeasured stains and latents
-  imgshared evaluate runs/apollo cells.zarr labels=[drug]
+  imgshared evaluate runs/apollo cells.zarr 'labels=[drug]'
 """
 
 KINDS: dict[str, type[Any]] = {
