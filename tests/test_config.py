@@ -3,7 +3,9 @@ import inspect
 from pathlib import Path
 
 import pytest
+import torch
 
+from imgshared.build import build_method
 from imgshared.config import (
     EvaluateConfig,
     Experiment,
@@ -16,10 +18,11 @@ from imgshared.config import (
     load,
     validate,
 )
+from imgshared.data.panel import Panel
 from imgshared.data.prepare import prepare
 from imgshared.data.segment import SegmentSettings, length_px
 from imgshared.data.simulate import simulate
-from imgshared.types import InputError
+from imgshared.types import Batch, InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DATA = "data=cells.zarr"
@@ -171,7 +174,20 @@ def test_defaults_are_those_of_the_functions():
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_configuration_loads(path):
     kinds = {"prepare": PrepareConfig, "evaluate": EvaluateConfig, "predict": PredictConfig, "simulate": SimulateConfig}
-    load(kinds.get(path.name.split("_")[0], Experiment), path)
+    config = load(kinds.get(path.name.split("_")[0], Experiment), path)
+    if isinstance(config, Experiment):  # and builds, and takes a step in each stage
+        method = build_method(
+            config.method, Panel(("DNA", "P"), "DNA"), crop_px := 4 * 2 ** len(config.method.channels)
+        )
+        measured = torch.ones(4, 2, dtype=torch.bool)
+        method.prepare(measured, seed=0)
+        for stage in method.stages:
+            method.start(stage)
+            loss = method.loss(Batch(torch.arange(4), torch.rand(4, 2, crop_px, crop_px), measured), "generator").total
+            loss.backward()
+            assert loss.isfinite()
+    else:
+        assert config != type(config)()  # it says something
 
 
 def test_there_are_configurations_to_ship():
