@@ -54,7 +54,7 @@ class Method(nn.Module, ABC):
     A training step of the loop, for the current stage::
 
         method.start(stage)
-        for player in method.players:
+        for player in stage.groups:
             terms = method.loss(batch, player)
             terms.total.backward()
             optimizers[player].step()
@@ -62,7 +62,6 @@ class Method(nn.Module, ABC):
             table.step(lr)
     """
 
-    players: tuple[str, ...] = ("generator",)
     tables: Mapping[str, LatentTable]
     stage: Stage
 

@@ -42,7 +42,6 @@ class Position:
     waited: int = 0  # validations since the best
     smooth: float = math.nan  # exponential mean of the loss
     smooth_best: float = math.inf
-    finished: bool = False
 
 
 class Diverged(InputError):
@@ -116,7 +115,6 @@ class Trainer:
             with self._on_interrupt():
                 for stage in stages[self.position.stage :]:
                     self._run_stage(stage)
-            self.position.finished = True
             if not best_path(self.run).exists():
                 self._save(best=True)
             self._save()
