@@ -57,9 +57,18 @@ class Latents:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted stains: ``mean`` is (B, T, Y, X) float in normalised units, T the targets in the order asked."""
+    """Predicted stains, T targets in the order asked, in normalised units.
+
+    Parameters
+    ----------
+    mean
+        (B, T, Y, X) float, the expected intensity.
+    scale
+        (B, T, Y, X) float > 0, the standard deviation that the method expects of each pixel; None without such a head.
+    """
 
     mean: Tensor
+    scale: Tensor | None = None
 
 
 @dataclass(frozen=True)

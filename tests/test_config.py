@@ -43,7 +43,7 @@ DATA = "data=cells.zarr"
         (Experiment, [DATA, "train=fast"], "train = 'fast': Input should be a dictionary"),
         (Experiment, [DATA, "train.precision=fp16"], "train.precision = 'fp16': Input should be 'auto', "),
         (Experiment, [DATA, "method.channels=[8,a]"], "method.channels.1 = 'a': Input should be a valid integer"),
-        (Experiment, [DATA, "method.name=apolo"], "method.name = 'apolo': Input should be 'apollo'"),
+        (Experiment, [DATA, "method.name=apolo"], "method.name = 'apolo' is none of apollo, translator"),
         (Experiment, [DATA, "split.val=2"], "split.val = 2: Input should be less than 1"),
         (Experiment, [DATA, "split.val=[yes]"], "split.val.0 = True: Input should be a valid string"),
         (Experiment, [DATA, "seed"], "'seed' is not key=value"),

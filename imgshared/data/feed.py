@@ -44,6 +44,9 @@ class Feed:
         "device": raw crops on the device; "memory": in host memory; "stream": read from Zarr ahead of need.
     batch_size
         Cells a step over all ranks together; a rank draws its share.
+    balance
+        "cells": every cell once an epoch; "panels": an epoch of as many cells, the same number of each combination of
+        measured markers that occurs, so that the sides of unpaired data meet in every batch.
     """
 
     store: CellStore
@@ -56,6 +59,7 @@ class Feed:
     seed: int = 0
     rank: int = 0
     world: int = 1
+    balance: Literal["cells", "panels"] = "cells"
 
     def __post_init__(self) -> None:
         self.measured = torch.from_numpy(self._pick(self.store.measured[self.cells]))
@@ -75,7 +79,7 @@ class Feed:
 
     def epoch(self, epoch: int, start: int = 0, augment: Augment | None = None) -> Iterator[Batch]:
         """Yield this rank's batches of an epoch from step `start` on."""
-        order = torch.randperm(len(self.cells), generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
+        order = self._order(torch.Generator().manual_seed(mix(self.seed, epoch)))
 
         def rows(step: int) -> Tensor:
             return order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
@@ -84,6 +88,20 @@ class Feed:
         work = ((rows(step), geometry, mix(self.seed, epoch, step, self.rank)) for step in range(start, self.steps))
         for step, batch in enumerate(self._batches(work), start):
             yield augment.intensity(batch, mix(self.seed, epoch, step, self.rank, 1)) if augment else batch
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        """Shuffle; with balanced panels their cells take turns, and a panel of few cells begins anew."""
+        n = len(self.cells)
+        if self.balance == "cells":
+            return torch.randperm(n, generator=generator)
+        panel = torch.unique(self.measured.cpu(), dim=0, return_inverse=True)[1]
+        rows = [(panel == p).nonzero()[:, 0] for p in range(int(panel.max()) + 1)]
+        each = -(-n // len(rows))
+        turns = [
+            torch.cat([r[torch.randperm(len(r), generator=generator)] for _ in range(-(-each // len(r)))])[:each]
+            for r in rows
+        ]
+        return torch.stack(turns, 1).flatten()[:n]
 
     def once(self, batch_size: int) -> Iterator[Batch]:
         """Yield every cell once, in order, in this rank's share of the batches."""

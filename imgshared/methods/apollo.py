@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from imgshared.config import ApolloConfig
 from imgshared.losses import gaussian_kl, latent_norm, reconstruction
-from imgshared.methods.base import Method, ParameterGroup, Stage
+from imgshared.methods.base import LatentMethod, ParameterGroup, Stage, sum_terms
 from imgshared.models.decoder import LatentDecoder
 from imgshared.models.encoder import SplitEncoder
 from imgshared.models.latents import LatentTable
@@ -33,7 +33,7 @@ class Stains(NamedTuple):
     channels: Tensor
 
 
-class Apollo(Method):
+class Apollo(LatentMethod):
     """apollo and its published ablations.
 
     Parameters
@@ -81,7 +81,8 @@ class Apollo(Method):
                 c.latent_epochs,
                 {"generator": [ParameterGroup(decoding, c.lr_decoder)]},
                 tables=[(table, c.lr_latent) for table in self.tables.values()],
-                monitored=False,  # free latents belong to training cells: there is nothing to hold out
+                validated=False,  # free latents belong to training cells: there is nothing to hold out
+                monitored=False,
                 augment=False,
             ),
             Stage(ENCODERS, c.encoder_epochs, {"generator": [ParameterGroup(encoding, c.lr_encoder)]}),
@@ -109,7 +110,7 @@ class Apollo(Method):
                 parts = self._encoder_loss(batch, stains)
             case _:
                 parts = self._one_step_loss(batch, stains)
-        return _sum(parts)
+        return sum_terms(parts)
 
     def _latent_loss(self, batch: Batch, stains: Sequence[Stains]) -> dict[str, Tensor]:
         """sum_m L(x_m, D_m(z_s + e, z_m + e_m)) + L(x_m, D'_m(z_s + e)) + lambda (|z_s| + sum_m |z_m|)."""
@@ -190,7 +191,7 @@ class Apollo(Method):
             if s.modality == "protein":
                 predicted = self._decode(s, of_chromatin[s.cells], None)
                 parts["protein/predicted"] = reconstruction(predicted, target, kind)
-        return _sum(parts)
+        return sum_terms(parts)
 
     def encode(self, images: Tensor, measured: Tensor) -> Latents:
         """Encode each measured stain; the fused shared latent is the mean of what the stains say."""
@@ -260,12 +261,8 @@ class Apollo(Method):
         return self.decoders[s.modality](torch.cat([z_s, z_m], 1), condition)  # type: ignore[no-any-return]
 
 
-def _sum(parts: dict[str, Tensor]) -> LossTerms:
-    return LossTerms(torch.stack(list(parts.values())).sum(), {k: v.detach() for k, v in parts.items()})
-
-
 def _mean_by_cell(rows: Tensor, owner: Tensor, cells: int) -> Tensor:
     """Average the (P, D) rows that each of the cells owns, to (cells, D)."""
-    total = rows.new_zeros(cells, rows.shape[1]).index_add(0, owner, rows)
+    summed = rows.new_zeros(cells, rows.shape[1]).index_add(0, owner, rows)
     count = rows.new_zeros(cells).index_add(0, owner, torch.ones_like(owner, dtype=rows.dtype))
-    return total / count.clamp_min(1)[:, None]
+    return summed / count.clamp_min(1)[:, None]

@@ -6,18 +6,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
+from imgshared.data.panel import Panel
 from imgshared.models.latents import LatentTable
-from imgshared.types import Batch, Latents, LossTerms, Prediction
+from imgshared.types import Batch, InputError, Latents, LossTerms, Prediction
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a learning rate."""
+    """Parameters that share a learning rate and Adam's betas."""
 
     parameters: Sequence[nn.Parameter]
     lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 @dataclass(frozen=True)
@@ -31,21 +34,29 @@ class Stage:
     epochs
         At most so many.
     groups
-        What Adam updates, by player; every other parameter is frozen.
+        What Adam updates, by player, in the order in which the players move; every other parameter is frozen. A player
+        without parameters moves without a gradient: its `loss` does all.
     tables
         Free latents that are updated with their learning rate.
+    validated
+        Whether held-out cells can be looked at: `validate` and `translate` work in this stage.
     monitored
-        Whether `validate` means something: the held-out loss then chooses the best checkpoint and may end the stage.
+        Whether `validate` tells better from worse: the held-out loss then chooses the best checkpoint and may end the
+        stage. Otherwise the best checkpoint is the end of the training.
     augment
         Whether the batches may be augmented.
+    lr_decay
+        The last part of the stage, in [0, 1], over which the learning rates fall linearly to zero.
     """
 
     name: str
     epochs: int
     groups: Mapping[str, Sequence[ParameterGroup]]
     tables: Sequence[tuple[LatentTable, float]] = field(default_factory=tuple)
+    validated: bool = True
     monitored: bool = True
     augment: bool = True
+    lr_decay: float = 0.0
 
 
 class Method(nn.Module, ABC):
@@ -55,15 +66,25 @@ class Method(nn.Module, ABC):
 
         method.start(stage)
         for player in stage.groups:
+            method.turn(player)
             terms = method.loss(batch, player)
             terms.total.backward()
             optimizers[player].step()
         for table, lr in stage.tables:
             table.step(lr)
+
+    Attributes
+    ----------
+    sources
+        The channels that it predicts from, where it is bound to some; None: any subset predicts any other stain.
+    progress
+        The part of the stage that is done, in [0, 1]; the loop keeps it up to date.
     """
 
     tables: Mapping[str, LatentTable]
     stage: Stage
+    sources: tuple[int, ...] | None = None
+    progress: float = 0.0
 
     @property
     @abstractmethod
@@ -79,26 +100,75 @@ class Method(nn.Module, ABC):
         for module in self.modules():
             module.training = any(id(p) in trained for p in module.parameters())
 
+    def turn(self, player: str) -> None:
+        """Let one player of the stage move; the others' networks pass gradients on and gather none."""
+        for name, groups in self.stage.groups.items():
+            for group in groups:
+                for parameter in group.parameters:
+                    parameter.requires_grad_(name == player)
+
     def prepare(self, measured: Tensor, seed: int) -> None:
-        """Make whatever belongs to single training cells; `measured` is (N, C) bool of the training cells in order."""
+        """Make whatever belongs to single training cells; `measured` is (N, C) bool of the training cells in order.
+
+        Raises
+        ------
+        InputError
+            Where the method cannot learn from such cells.
+        """
         self.tables = {}
 
     @abstractmethod
     def loss(self, batch: Batch, player: str) -> LossTerms:
-        """Return the training loss of a batch in the current stage."""
+        """Return the training loss of a batch for one player of the current stage.
+
+        Parts named ``adversarial`` are moves of a game, not a measure of success: the loop leaves them out where it
+        looks for divergence.
+        """
 
     @abstractmethod
     def validate(self, batch: Batch) -> LossTerms:
         """Return the held-out loss of cells that were not trained on; lower is better."""
 
     @abstractmethod
+    def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
+        """Predict the `targets` (channels) from the stains that `measured` marks, and from nothing else."""
+
+    def signs(self, values: Mapping[str, float]) -> list[str]:
+        """Return what a user should know of the mean loss terms of the last epoch: one sentence a trouble."""
+        return []
+
+
+class LatentMethod(Method):
+    """A method that tells what the stains of a cell share from what is specific to each."""
+
+    @abstractmethod
     def encode(self, images: Tensor, measured: Tensor) -> Latents:
         """Return the latents of (B, C, Y, X) images, from the stains that `measured` (B, C) marks."""
 
     @abstractmethod
-    def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
-        """Predict the `targets` (channels) from the stains that `measured` marks, and from nothing else."""
-
-    @abstractmethod
     def reconstruct(self, images: Tensor, measured: Tensor, *, specific: bool) -> Tensor:
         """Rebuild each measured stain from its own latents, with or without the specific one; (B, C, Y, X)."""
+
+
+def sum_terms(parts: Mapping[str, Tensor]) -> LossTerms:
+    """Sum weighted terms; the parts are detached for the log."""
+    return LossTerms(torch.stack([p.float() for p in parts.values()]).sum(), {k: v.detach() for k, v in parts.items()})
+
+
+def refuse_unpaired(panel: Panel, measured: Tensor, sources: Sequence[int], name: str) -> None:
+    """Refuse training cells of which none shows all `sources` together with some other stain.
+
+    Raises
+    ------
+    InputError
+        Names the first stain without pairs and the configurations that need none.
+    """
+    whole = measured[:, list(sources)].all(1)
+    for target in (c for c in range(len(panel)) if c not in sources):
+        if not (whole & measured[:, target]).any():
+            names = ", ".join(panel.markers[c] for c in sources)
+            raise InputError(
+                f"{name} learns from cells that show {names} and {panel.markers[target]} together, and no training "
+                "cell does: leave the marker out (markers=...), or learn from unpaired cells with "
+                "configs/translator_unpaired.yaml, configs/cut.yaml or configs/cyclegan.yaml"
+            )

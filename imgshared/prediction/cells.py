@@ -12,9 +12,10 @@ from torch import Tensor
 
 from imgshared.data.feed import Feed
 from imgshared.data.store import CellStore
+from imgshared.methods.base import LatentMethod
 from imgshared.prediction.run import Run
 from imgshared.prediction.types import Floats, PredictedCells
-from imgshared.types import InputError
+from imgshared.types import Batch, InputError
 
 Progress = Callable[[int, int], None]
 
@@ -67,44 +68,72 @@ def predict_batches(
     InputError
         Where the store breaks the model's contract, a source is unknown, or a cell has none of the sources.
     """
-    chosen = torch.zeros(len(run.panel), dtype=torch.bool)
-    chosen[run.panel.indices(sources or [run.panel.chromatin])] = True
+    chosen = _sources(run, sources)
     needed = [m for m, c in zip(run.panel.markers, chosen, strict=True) if c]
     channels = run.contract.check(store, needed)
     device = run.fabric.device
     feed = Feed(store, cells, channels, run.normaliser, device, "stream", batch_size)
-    without = ~(feed.measured & chosen).any(1)
+    shown = feed.measured[:, chosen]
+    without = ~(shown.any(1) if run.method.sources is None else shown.all(1))
     if without.any():
-        names = ", ".join(needed)
-        raise InputError(f"{store.path}: {int(without.sum())} cells have none of the sources measured ({names})")
+        lack = f"{int(without.sum())} cells {'have none' if run.method.sources is None else 'lack some'} of the sources"
+        raise InputError(f"{store.path}: {lack} measured ({', '.join(needed)})")
     start = 0
     for batch in feed.once(batch_size):
         rows = cells[start : start + len(batch.index)]
         start += len(rows)
         with run.fabric.autocast():
-            own = run.method.encode(batch.images, batch.measured)
-            source = batch.measured & chosen.to(device)
-            fused = run.method.encode(batch.images, source).shared
-            images = {"predicted": run.method.translate(batch.images, source, range(len(channels))).mean}
-            for name, wanted in (("full", full), ("shared", shared)):
-                if wanted:
-                    images[name] = run.method.reconstruct(batch.images, batch.measured, specific=name == "full")
-        shared_latents = {"sources": _numpy(fused)}
-        specific_latents = {}
-        for c, marker in enumerate(run.panel.markers):
-            known = batch.measured[:, c, None]
-            shared_latents[marker] = _numpy(own.each[:, c].masked_fill(~known, torch.nan))
-            if own.specific.shape[2]:
-                specific_latents[marker] = _numpy(own.specific[:, c].masked_fill(~known, torch.nan))
+            images, shared_latents, specific_latents, scale = _infer(run, batch, chosen.to(device), full, shared)
         yield PredictedCells(
             rows,
             _numpy(batch.images),
             batch.measured.cpu().numpy(),
             store.masks(rows),
-            {name: _numpy(image) for name, image in images.items()},
+            images,
             shared_latents,
             specific_latents,
+            scale,
         )
+
+
+def _sources(run: Run, names: Sequence[str] | None) -> Tensor:
+    """Return which channels are given to the method, (C,) bool."""
+    bound = run.method.sources
+    wanted = run.panel.indices(names) if names else list(bound or [run.panel.chromatin_index])
+    if bound is not None and set(wanted) != set(bound):
+        ours = ", ".join(run.panel.markers[c] for c in bound)
+        raise InputError(
+            f"{run.experiment.method.name} predicts from {ours}, as it was trained, not from {', '.join(names or ())}: "
+            "leave out sources=..., or train with other method.sources; apollo, mvae and translator take any subset"
+        )
+    chosen = torch.zeros(len(run.panel), dtype=torch.bool)
+    chosen[wanted] = True
+    return chosen
+
+
+def _infer(
+    run: Run, batch: Batch, chosen: Tensor, full: bool, shared: bool
+) -> tuple[dict[str, Floats], dict[str, Floats], dict[str, Floats], Floats | None]:
+    """Return images, shared latents and specific latents of a batch by name, and the predicted scale."""
+    method, markers = run.method, run.panel.markers
+    source = batch.measured & chosen
+    prediction = method.translate(batch.images, source, range(len(markers)))
+    images = {"predicted": prediction.mean}
+    scale = None if prediction.scale is None else _numpy(prediction.scale)
+    shared_latents: dict[str, Floats] = {}
+    specific_latents: dict[str, Floats] = {}
+    if isinstance(method, LatentMethod):
+        for name, wanted in (("full", full), ("shared", shared)):
+            if wanted:
+                images[name] = method.reconstruct(batch.images, batch.measured, specific=name == "full")
+        own = method.encode(batch.images, batch.measured)
+        shared_latents["sources"] = _numpy(method.encode(batch.images, source).shared)
+        for c, marker in enumerate(markers):
+            known = batch.measured[:, c, None]
+            shared_latents[marker] = _numpy(own.each[:, c].masked_fill(~known, torch.nan))
+            if own.specific.shape[2]:
+                specific_latents[marker] = _numpy(own.specific[:, c].masked_fill(~known, torch.nan))
+    return {name: _numpy(image) for name, image in images.items()}, shared_latents, specific_latents, scale
 
 
 def _numpy(x: Tensor) -> Floats:
@@ -123,4 +152,5 @@ def _join(parts: Sequence[PredictedCells]) -> PredictedCells:
         joined("images"),
         joined("shared"),
         joined("specific"),
+        np.concatenate([p.scale for p in parts if p.scale is not None]) if parts[0].scale is not None else None,
     )

@@ -63,7 +63,7 @@ def load_run(path: str | Path, *, checkpoint: str = "best") -> Run:
     path
         The run folder.
     checkpoint
-        "best" (least held-out loss) or "last".
+        "best" (least held-out loss; the end of the training where no held-out loss tells better) or "last".
 
     Raises
     ------
@@ -83,7 +83,7 @@ def load_run(path: str | Path, *, checkpoint: str = "best") -> Run:
     tree, contract = load(file)
     method = build_method(experiment.method, contract.panel, contract.crop_px)
     try:
-        method.load_state_dict(tree["model"])
+        method.load_state_dict(tree["model"] | tree.get("ema", {}))  # `best` holds the average already
     except RuntimeError as error:
         raise InputError(
             f"{path / 'config.yaml'} was changed after training, {file} does not fit it: {error}"

@@ -32,9 +32,11 @@ class PredictedCells:
         `full` and `shared` are zero where the marker is not measured.
     shared
         Shared latents, each (n, S): by the marker that they were encoded from, NaN where it is not measured,
-        and ``sources``, from the sources fused.
+        and ``sources``, from the sources fused; empty for a model without latents.
     specific
         Specific latents by marker, each (n, D), NaN where not measured; empty for a model without them.
+    scale
+        (n, C, Y, X), the standard deviation that the model expects of each predicted pixel; None without such a head.
     """
 
     cells: NDArray[np.integer[Any]]
@@ -44,3 +46,4 @@ class PredictedCells:
     images: Mapping[str, Floats]
     shared: Mapping[str, Floats]
     specific: Mapping[str, Floats]
+    scale: Floats | None = None

@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from imgshared.config import PredictConfig
+from imgshared.data.normalise import Normaliser
 from imgshared.data.store import CellStore, StoreWriter, panel_table, put_in_place
+from imgshared.methods.base import LatentMethod
 from imgshared.prediction.cells import Progress, predict_batches
 from imgshared.prediction.run import Run
 from imgshared.prediction.types import Floats, PredictedCells
@@ -36,7 +38,8 @@ def predict(
 
     Written: `obs` of the store; `var` the predicted markers; `X` mean predicted intensity in each cell's mask;
     ``layers["measured"]``; ``obsm["predicted_images"]`` (N, T, Y, X) float32 in the raw units of the images, with
-    ``full_images`` and ``shared_images`` on request; ``obsm["X_shared"]`` and ``obsm["X_<marker>"]``, the latents
+    ``predicted_scale`` (standard deviation a pixel), ``full_images`` and ``shared_images`` on request; from a method
+    with latents ``obsm["X_shared"]`` and ``obsm["X_<marker>"]``, the latents
     (of the sources, and specific; NaN where a marker is not measured; a slash in its name becomes _). With
     ``ome_tiff`` also ``<out>.ome/<image>.ome.tif``, the cells of an image as frames (TCYX), measured and predicted
     channels named.
@@ -48,6 +51,7 @@ def predict(
         Nothing is left behind.
     """
     config = config or PredictConfig()
+    _refuse_unknown_wishes(run, config)
     targets = list(dict.fromkeys(run.panel.indices(config.markers or run.panel.proteins)))
     here, source = Path(out).resolve(), store.path.resolve()
     if here == source or here in source.parents or source in here.parents:
@@ -92,9 +96,12 @@ def _predict_all(
         }
         for name in raw.keys() - {"predicted"}:
             raw[name] *= part.measured[:, targets, None, None]
+        arrays = {f"{name}_images": image for name, image in raw.items()}
+        if config.scale:
+            arrays["predicted_scale"] = _raw_scale(part, targets, normaliser)
         writer.append(
-            **{f"{name}_images": image for name, image in raw.items()},
-            X_shared=part.shared["sources"],
+            **arrays,
+            **({"X_shared": part.shared["sources"]} if part.shared else {}),
             **{f"X_{marker.replace('/', '_')}": z for marker, z in part.specific.items()},
         )
         means.append(_mean_in_mask(raw["predicted"], part.masks))
@@ -105,6 +112,26 @@ def _predict_all(
         if progress:
             progress(done, len(store))
     return np.concatenate(means), np.concatenate(measured)
+
+
+def _raw_scale(part: PredictedCells, targets: Sequence[int], normaliser: Normaliser) -> Floats:
+    """Half of what lies between one standard deviation above and below the mean, in raw units."""
+    assert part.scale is not None
+    mean, scale = (torch.from_numpy(x[:, targets]) for x in (part.images["predicted"], part.scale))
+    return np.asarray((normaliser.inverse(mean + scale) - normaliser.inverse(mean - scale)).numpy() / 2, np.float32)
+
+
+def _refuse_unknown_wishes(run: Run, config: PredictConfig) -> None:
+    name = run.experiment.method.name
+    for wish in ("full", "shared"):
+        if getattr(config, wish) and not isinstance(run.method, LatentMethod):
+            raise InputError(f"{wish}=true: {name} has no latents to rebuild a stain from; leave it out")
+    head = getattr(run.experiment.method, "head", getattr(run.experiment.method, "error", ""))
+    if config.scale and head not in ("laplace", "gaussian"):
+        raise InputError(
+            f"scale=true: this {name} predicts no spread; train with method.head=laplace (translator) or "
+            "method.error=laplace (regression)"
+        )
 
 
 def _mean_in_mask(images: Floats, masks: NDArray[np.bool_]) -> Floats:
@@ -122,7 +149,7 @@ def _info(run: Run, store: CellStore, config: PredictConfig) -> dict[str, Any]:
         "method": run.experiment.method.name,
         "store": str(store.path.resolve()),
         "store_hash": store.data_hash,
-        "sources": list(config.sources or [run.panel.chromatin]),
+        "sources": list(config.sources or [run.panel.markers[c] for c in run.method.sources or (run.panel.chromatin_index,)]),
         "crop_px": store.crop_px,
         "pixel_size_um": store.pixel_size_um,
         "cells_by_split_of_the_model": {str(k): int(v) for k, v in parts.items()},

@@ -24,8 +24,13 @@ def last_path(run: Path) -> Path:
 
 
 def best_path(run: Path) -> Path:
-    """Where the weights of the least held-out loss are."""
+    """Where the weights are that predict: of the least held-out loss, or of the end where nothing tells better."""
     return run / "checkpoints" / "best.safetensors"
+
+
+def samples_path(run: Path) -> Path:
+    """Where the pictures of fixed held-out cells are, one a validation."""
+    return run / "samples"
 
 
 def begin_run(experiment: Experiment, run: Path, resume: bool, fabric: Fabric) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
@@ -77,6 +79,11 @@ class RunLog:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{stage}/{split}/{name}", value, step)
+
+    def picture(self, pixels: NDArray[np.uint8] | None, step: int) -> None:
+        """Show a (Y, X) picture of fixed cells in TensorBoard."""
+        if self.active and pixels is not None:
+            self._board.add_image("samples", pixels, step, dataformats="HW")
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

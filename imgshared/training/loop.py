@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from rich.console import Console
-from torch import Tensor
 from torch.optim import Adam
 
 from imgshared.build import build_augment, build_method, build_normaliser, build_panel, build_split
@@ -25,12 +23,18 @@ from imgshared.data.store import CellStore
 from imgshared.methods.base import Method, Stage
 from imgshared.training.checkpoint import Contract, load, save
 from imgshared.training.devices import average_gradients, gather_rows, make_fabric
-from imgshared.training.folder import begin_run, best_path, last_path
+from imgshared.training.ema import Ema
+from imgshared.training.folder import begin_run, best_path, last_path, samples_path
 from imgshared.training.log import RunLog
-from imgshared.types import InputError, LossTerms
+from imgshared.training.meter import Meter
+from imgshared.training.watch import CELLS, Watch, collapsed
+from imgshared.types import Batch, InputError
+
+FEW_CELLS = 100  # of a marker, below which a user is warned
+SHOWN = ("loss", "full", "shared", "cross", "error", "l1", "nce", "cycle", "adversarial", "kl", "z_shared")
 
 
-@dataclasses.dataclass
+@dataclass
 class Position:
     """How far a run is: everything that decides what the next step does, but the weights."""
 
@@ -40,7 +44,8 @@ class Position:
     total: int = 0  # steps done in all
     best: float = math.inf
     waited: int = 0  # validations since the best
-    smooth: float = math.nan  # exponential mean of the loss
+    smooth: float = math.nan  # exponential mean of the loss without its adversarial terms
+    smooth_first: float = math.nan
     smooth_best: float = math.inf
 
 
@@ -88,19 +93,21 @@ class Trainer:
         torch.manual_seed(mix(experiment.seed))
         method = build_method(experiment.method, panel, store.crop_px)
         tree = self._saved(run) if resume else {}
+        cells = {part: (split.assign(store.obs) == part).nonzero()[0] for part in ("train", "val")}
+        self._stained = torch.from_numpy(store.measured[cells["train"]][:, store.panel.indices(panel.markers)])
+        method.prepare(self._stained, mix(experiment.seed, 1))
         begin_run(experiment, run, resume, self.fabric)  # after all that may refuse the configuration
         if self.fabric.is_global_zero:
             (run / "contract.json").write_text(json.dumps(self.contract.to_dict(), indent=2) + "\n")
-        parts = split.assign(store.obs)
-        self.feeds = {part: self._feed(store, (parts == part).nonzero()[0]) for part in ("train", "val")}
-        method.prepare(self.feeds["train"].measured, mix(experiment.seed, 1))
+        self.feeds = {part: self._feed(store, rows) for part, rows in cells.items()}
         self.method: Method = method.to(self.fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.position = Position()
+        self.ema = Ema(method, self.config.ema) if self.config.ema else None
         self._resumed_optimizers: dict[str, Any] = {}
         if tree:
             self._take_up(tree)
         self.log = RunLog(run, self.position.total, active=self.fabric.is_global_zero, console=console)
-        self._stop_asked = False
+        self._stop_asked, self._warned, self._last = False, set[str](), dict[str, float]()
 
     def fit(self) -> None:
         """Run the remaining stages."""
@@ -110,13 +117,16 @@ class Trainer:
             f"{', '.join(self.contract.panel.markers)}; {self.fabric.device}, {self.fabric._precision.precision}, "
             f"crops in {'device memory' if train.residency == 'device' else train.residency}; writing {self.run}"
         )
+        for line in self._few_cells():
+            self.log.say(line)
         stages = self.method.stages
+        self.watch = self._watch()
         try:
             with self._on_interrupt():
                 for stage in stages[self.position.stage :]:
                     self._run_stage(stage)
-            if not best_path(self.run).exists():
-                self._save(best=True)
+            if not (stages[-1].monitored and best_path(self.run).exists()):
+                self._save(best=True)  # nothing to choose by: the end
             self._save()
         finally:
             self.log.close()
@@ -135,15 +145,7 @@ class Trainer:
             due = stop = False
             for batch in feed.epoch(at.stage << 20 | at.epoch, at.step, augment):
                 torch.manual_seed(mix(self.experiment.seed, at.stage, at.epoch, at.step, self.fabric.global_rank))
-                for player, optimizer in optimizers.items():
-                    with self.fabric.autocast():
-                        terms = self.method.loss(batch, player)
-                    optimizer.zero_grad(set_to_none=True)
-                    terms.total.backward()
-                    average_gradients(self.method.parameters(), self.fabric.world_size)
-                    optimizer.step()
-                    meter.add(terms, len(batch.index) * self.fabric.world_size)
-                self._step_tables(stage)
+                self._step(batch, stage, optimizers, meter)
                 at.step, at.total = at.step + 1, at.total + 1
                 at_log = at.total % self.config.log_every == 0
                 if at_log or self.fabric.world_size == 1:
@@ -162,8 +164,30 @@ class Trainer:
                 self._save(optimizers)
                 saved = time.monotonic()
         at.stage, at.epoch, at.step = at.stage + 1, 0, 0
-        at.best, at.waited, at.smooth, at.smooth_best = math.inf, 0, math.nan, math.inf
+        self.position = Position(stage=at.stage, total=at.total)
         self._save()
+
+    def _step(self, batch: Batch, stage: Stage, optimizers: Mapping[str, Adam | None], meter: Meter) -> None:
+        """Let every player move once."""
+        at, steps = self.position, self.feeds["train"].steps
+        self.method.progress = (at.epoch * steps + at.step) / (stage.epochs * steps)
+        rate = min(1.0, (1 - self.method.progress) / stage.lr_decay) if stage.lr_decay else 1.0
+        for player, optimizer in optimizers.items():
+            self.method.turn(player)
+            with self.fabric.autocast():
+                terms = self.method.loss(batch, player)
+            if optimizer is not None:
+                for group, settings in zip(optimizer.param_groups, stage.groups[player], strict=True):
+                    group["lr"] = settings.lr * rate
+                optimizer.zero_grad(set_to_none=True)
+                terms.total.backward()
+                average_gradients(self.method.parameters(), self.fabric.world_size)
+                optimizer.step()
+            meter.add(terms, "discriminator/" if player == "discriminator" else "")
+        self._step_tables(stage)
+        if self.ema:
+            self.ema.update(at.total)
+        meter.step(len(batch.index) * self.fabric.world_size)
 
     def _step_tables(self, stage: Stage) -> None:
         world = self.fabric.world_size
@@ -184,66 +208,104 @@ class Trainer:
             return
         at = self.position
         steps, cells_per_s, values = meter.take(self.fabric)
-        loss = values["loss"]
+        self._last = values
+        loss = values["loss"] - sum(v for name, v in values.items() if name == "adversarial")
         at.smooth = loss if math.isnan(at.smooth) else 0.9 * at.smooth + 0.1 * loss
-        if not math.isfinite(loss) or at.smooth > self.config.diverged * max(at.smooth_best, 1e-8):
-            what = f"grew to {loss:.3g}" if math.isfinite(loss) else "is not a number"
+        at.smooth_first = at.smooth if math.isnan(at.smooth_first) else at.smooth_first
+        size = max(abs(at.smooth_best), 0.1 * abs(at.smooth_first)) if math.isfinite(at.smooth_best) else math.inf
+        finite = all(map(math.isfinite, values.values()))
+        if not finite or at.smooth > at.smooth_best + self.config.diverged * size:
+            what = f"grew to {loss:.3g}" if finite else "is not a number"
             raise Diverged(
                 f"the loss {what} in stage {stage.name}, epoch {at.epoch}, step {at.total}. "
                 f"The last good checkpoint is kept in {self.run}. "
-                "Try a smaller learning rate (method.lr_...), or train.precision=float32"
+                "Try a smaller learning rate (method.lr...), or train.precision=float32"
             )
         at.smooth_best = min(at.smooth_best, at.smooth)
         self.log.record(at.total, at.epoch, stage.name, "train", values | {"cells_per_s": cells_per_s})
-        shown = {k: v for k, v in values.items() if k == "loss" or k.endswith(("full", "shared", "z_shared"))}
+        shown = {k: v for k, v in values.items() if k.rpartition("/")[2] in SHOWN and not k.startswith("discr")}
         self.log.advance(steps, cells_per_s, "  ".join(f"{k} {v:.4f}" for k, v in list(shown.items())[:4]))
 
     @torch.no_grad()
     def _validate(self, stage: Stage) -> None:
-        """Measure the held-out loss, keep the best weights."""
+        """Look at the held-out cells with the weights that predict; keep the best of them."""
         at, feed = self.position, self.feeds["val"]
-        if not stage.monitored or not len(feed) or (at.epoch + 1) % self.config.validate_every:
+        if not len(feed) or (at.epoch + 1) % self.config.validate_every or not stage.validated:
             return
         self._same_buffers()
         self.method.eval()
         meter = Meter()
-        for batch in feed.once(max(1, self.config.batch_size)):
+        with self.ema.in_place() if self.ema else nullcontext():
+            for batch in feed.once(max(1, self.config.batch_size)):
+                with self.fabric.autocast():
+                    meter.add(self.method.validate(batch), weight=len(batch.index))
             with self.fabric.autocast():
-                meter.add(self.method.validate(batch), len(batch.index), weight=len(batch.index))
+                spread, picture = self.watch.look(self.method, at.total)
         self.method.start(stage)
-        _, _, values = meter.take(self.fabric)
-        self.log.record(at.total, at.epoch, stage.name, "val", values)
-        if values["loss"] < at.best:
+        values = meter.take(self.fabric)[2]
+        self.log.record(at.total, at.epoch, stage.name, "val", values | spread)
+        self.log.picture(picture, at.total)
+        self._warn([*self.method.signs(self._last), *collapsed(spread)])
+        if stage.monitored and values["loss"] < at.best:
             at.best, at.waited = values["loss"], 0
             self._save(best=True)
         else:
             at.waited += 1
 
+    def _warn(self, sentences: Sequence[str]) -> None:
+        """Say each trouble once a run."""
+        for sentence in sentences:
+            kind = sentence.partition("(")[0]
+            if kind not in self._warned:
+                self._warned.add(kind)
+                self.log.say(f"[yellow]note, epoch {self.position.epoch}:[/] {sentence}")
+
+    def _few_cells(self) -> Iterator[str]:
+        counts = self._stained.sum(0).tolist()
+        for marker, count in zip(self.contract.panel.markers, counts, strict=True):
+            if count < FEW_CELLS:
+                yield f"[yellow]note:[/] {marker} is measured in {count} training cells alone: expect little of it"
+
+    def _watch(self) -> Watch:
+        """Choose held-out cells all over the store; the same ones in every run of the same split."""
+        rows = self.feeds["val"].cells
+        rows = rows[:: max(1, len(rows) // CELLS)][:CELLS]
+        panel = self.contract.panel
+        feed = replace(self.feeds["val"], cells=rows, residency="memory", rank=0, world=1)
+        images = next(feed.once(CELLS)) if len(rows) else None
+        return Watch(images, self.method.sources or (panel.chromatin_index,), panel, samples_path(self.run))
+
     def _waited_enough(self, stage: Stage) -> bool:
         return stage.monitored and self.position.waited >= self.config.patience
 
-    def _optimizers(self, stage: Stage) -> dict[str, Adam]:
+    def _optimizers(self, stage: Stage) -> dict[str, Adam | None]:
         optimizers = {
-            player: Adam([{"params": list(g.parameters), "lr": g.lr} for g in groups])
+            player: Adam([{"params": list(g.parameters), "lr": g.lr, "betas": g.betas} for g in groups])
+            if groups
+            else None
             for player, groups in stage.groups.items()
         }
         for player, state in self._resumed_optimizers.items():
             by_number = {int(k): v for k, v in state["state"].items()}
-            optimizers[player].load_state_dict({"state": by_number, "param_groups": state["param_groups"]})
+            optimizer = optimizers[player]
+            assert optimizer is not None
+            optimizer.load_state_dict({"state": by_number, "param_groups": state["param_groups"]})
         self._resumed_optimizers = {}
         return optimizers
 
-    def _save(self, optimizers: Mapping[str, Adam] | None = None, *, best: bool = False) -> None:
+    def _save(self, optimizers: Mapping[str, Adam | None] | None = None, *, best: bool = False) -> None:
         """Write `best` (weights alone) or `last` (everything), unless the weights are not finite."""
         if not self.fabric.is_global_zero:
             return
-        tree: dict[str, Any] = {"model": self.method.state_dict()}
+        with self.ema.in_place() if self.ema and best else nullcontext():
+            tree: dict[str, Any] = {"model": {k: v.clone() for k, v in self.method.state_dict().items()}}
         if not all(bool(v.isfinite().all()) for v in tree["model"].values()):
             return
-        tree["position"] = dataclasses.asdict(self.position)
+        tree["position"] = asdict(self.position)
         if not best:
             tree["tables"] = {name: table.state() for name, table in self.method.tables.items()}
-            tree["optimizers"] = {player: _plain_state(o) for player, o in (optimizers or {}).items()}
+            tree["optimizers"] = {player: _plain_state(o) for player, o in (optimizers or {}).items() if o}
+            tree["ema"] = self.ema.values if self.ema else {}
         save(best_path(self.run) if best else last_path(self.run), tree, self.contract)
 
     def _saved(self, run: Path) -> dict[str, Any]:
@@ -265,6 +327,8 @@ class Trainer:
         for name, table in self.method.tables.items():
             table.load(tree["tables"][name])
         self._resumed_optimizers = tree["optimizers"]
+        if self.ema:
+            self.ema.load(tree["ema"])
         self.position = Position(**tree["position"])
 
     def _feed(self, store: CellStore, cells: Any) -> Feed:
@@ -276,7 +340,7 @@ class Trainer:
             residency = "memory"  # albumentations works on the host
         return Feed(
             store, cells, channels, self.contract.normaliser, fabric.device, residency, self.config.batch_size,
-            self.experiment.seed, fabric.global_rank, fabric.world_size,
+            self.experiment.seed, fabric.global_rank, fabric.world_size, self.config.balance,
         )  # fmt: skip
 
     def _same_buffers(self) -> None:
@@ -303,40 +367,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class Meter:
-    """Sums losses on the device, so that a step does not wait for a number."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self.steps, self._cells, self._since = 0, 0, time.monotonic()
-        self._sums: dict[str, tuple[Tensor, float]] = {}  # sum and its weight: a batch may lack a term
-
-    def add(self, terms: LossTerms, cells: int, weight: float = 1.0) -> None:
-        """Add a step's terms."""
-        for name, value in {"loss": terms.total.detach(), **terms.parts}.items():
-            total, weights = self._sums.get(name, (torch.zeros_like(value), 0.0))
-            self._sums[name] = (total + value.float() * weight, weights + weight)
-        self.steps, self._cells = self.steps + 1, self._cells + cells
-
-    def take(self, fabric: Fabric) -> tuple[int, float, dict[str, float]]:
-        """Return steps, cells a second and the means over all ranks, and begin anew."""
-        values = torch.stack([total for total, _ in self._sums.values()]).tolist() if self._sums else []
-        weights = [weight for _, weight in self._sums.values()]
-        parts = [dict(zip(self._sums, zip(values, weights, strict=True), strict=True))]
-        if fabric.world_size > 1:  # ranks may hold other terms, or no cells at all
-            parts *= fabric.world_size
-            torch.distributed.all_gather_object(parts, parts[0])
-        names = dict.fromkeys(name for part in parts for name in part)
-        means = {n: sum(p[n][0] for p in parts if n in p) / sum(p[n][1] for p in parts if n in p) for n in names}
-        rate = self._cells / max(time.monotonic() - self._since, 1e-9)
-        steps = self.steps
-        self.clear()
-        return steps, rate, means
 
 
 def _plain_state(optimizer: Adam) -> dict[str, Any]:

@@ -1,0 +1,139 @@
+"""How a YAML file plus ``key=value`` overrides become a configuration, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from imgshared.types import InputError
+
+T = TypeVar("T")
+
+
+def load(kind: type[T], path: Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Read a YAML file, apply ``dotted.key=value`` overrides and validate.
+
+    Raises
+    ------
+    InputError
+        Names the dotted key and what is wrong with it, and for an unknown key the nearest valid one.
+    """
+    tree = _read_yaml(path) if path else {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"{override!r} is not key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"{key}: cannot read {text!r} ({error})") from error
+        _assign(tree, key.strip().split("."), value)
+    return validate(kind, tree, str(path or "the command line"))
+
+
+def validate(kind: type[T], tree: Mapping[str, Any], origin: str) -> T:
+    """Turn plain data into a configuration; see `load`. PyYAML reads 2e-4 as a string: the schema makes it a number."""
+    try:
+        return TypeAdapter(kind).validate_python(tree)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(kind, e, origin) for e in error.errors())) from error
+
+
+def dump(config: Any) -> str:
+    """Return the resolved configuration as YAML that `load` reads back."""
+    plain: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"no configuration at {path}") from error
+    except OSError as error:
+        raise InputError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} holds no keys")
+    return tree
+
+
+def _assign(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        below = tree.setdefault(key, {})
+        if not isinstance(below, dict):
+            raise InputError(f"{'.'.join(keys)}: {key} is a value, not a section")
+        tree = below
+    tree[keys[-1]] = value
+
+
+_UNION_MEMBER = re.compile(r"float$|tuple\[|constrained-|function-")  # how pydantic marks which type of a union failed
+
+
+def _explain(kind: type[Any], error: Any, origin: str) -> str:
+    *above, last = _without_tags(kind, [str(part) for part in error["loc"]])
+    names = [part for part in above if not _UNION_MEMBER.match(part)]
+    unknown = error["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+    names += [last] if unknown or not _UNION_MEMBER.match(last) else []
+    dotted = ".".join(names)
+    if unknown:
+        known = sorted(keys(kind, chosen=set(map(str, error["loc"]))))
+        close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5) or [
+            k for k in known if k.rsplit(".", 1)[-1] == names[-1]
+        ]
+        return f"{origin}: unknown key {dotted!r}." + (f" Did you mean {close[0]!r}?" if close else "")
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{origin}: the key {dotted!r} is missing"
+    if error["type"] == "union_tag_invalid":
+        return f"{origin}: {dotted}.name {_wrong_tag(error)}"
+    return f"{origin}: {dotted} = {error['input']!r}: {error['msg']}"
+
+
+def _wrong_tag(error: Any) -> str:
+    tags = re.findall(r"'(\w+)'", error["ctx"]["expected_tags"])
+    given = str(error["ctx"]["tag"])
+    close = difflib.get_close_matches(given, tags, n=1, cutoff=0.4)
+    return f"= {given!r} is none of {', '.join(tags)}." + (f" Did you mean {close[0]!r}?" if close else "")
+
+
+def _without_tags(kind: type[Any], loc: list[str]) -> list[str]:
+    """Drop the names by which pydantic tells the members of a union apart: ``method.apollo.lr`` is ``method.lr``."""
+    out: list[str] = []
+    members: list[type[Any]] = [kind]
+    for part in loc:
+        tagged = [m for m in members if len(members) > 1 and _tag(m) == part]
+        if tagged:
+            members = tagged
+            continue
+        out.append(part)
+        hints = [get_type_hints(m)[part] for m in members if part in get_type_hints(m)]
+        members = _sections(hints[0]) if hints else []
+    return out
+
+
+def _tag(kind: type[Any]) -> str | None:
+    fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(kind)}
+    return str(fields["name"].default) if "name" in fields else None
+
+
+def _sections(hint: Any) -> list[type[Any]]:
+    """Return the configuration classes that a key may hold."""
+    return [a for a in (hint, *get_args(hint)) if dataclasses.is_dataclass(a) and isinstance(a, type)]
+
+
+def keys(kind: type[Any], prefix: str = "", chosen: Collection[str] = ()) -> Iterable[str]:
+    """Yield every dotted key of a configuration class, of a union the members that `chosen` names."""
+    for name, hint in get_type_hints(kind).items():
+        yield prefix + name
+        members = _sections(hint) if get_origin(hint) is not dict else []
+        named = [m for m in members if _tag(m) in chosen]
+        for inner in named or members:
+            yield from keys(inner, f"{prefix}{name}.", chosen)
