@@ -176,16 +176,19 @@ def test_every_shipped_configuration_loads(path):
     kinds = {"prepare": PrepareConfig, "evaluate": EvaluateConfig, "predict": PredictConfig, "simulate": SimulateConfig}
     config = load(kinds.get(path.name.split("_")[0], Experiment), path)
     if isinstance(config, Experiment):  # and builds, and takes a step in each stage
-        method = build_method(
-            config.method, Panel(("DNA", "P"), "DNA"), crop_px := 4 * 2 ** len(config.method.channels)
-        )
+        crop_px = max(64, 4 * 2 ** len(getattr(config.method, "channels", ())))
+        method = build_method(config.method, Panel(("DNA", "P"), "DNA"), crop_px)
         measured = torch.ones(4, 2, dtype=torch.bool)
         method.prepare(measured, seed=0)
+        batch = Batch(torch.arange(4), torch.rand(4, 2, crop_px, crop_px), measured)
         for stage in method.stages:
             method.start(stage)
-            loss = method.loss(Batch(torch.arange(4), torch.rand(4, 2, crop_px, crop_px), measured), "generator").total
-            loss.backward()
-            assert loss.isfinite()
+            for player, groups in stage.groups.items():
+                method.turn(player)
+                loss = method.loss(batch, player).total
+                assert loss.isfinite()
+                if groups:
+                    loss.backward()
     else:
         assert config != type(config)()  # it says something
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from imgshared.evaluation.features import blur
+from imgshared.models.ridge import BlurredRidge, fitting
 
 Floats = NDArray[np.float32]
 SIGMAS = (0, 1, 2, 4, 8, 16, 32)  # px
@@ -31,21 +31,24 @@ class Floors:
     """
 
     def __init__(self, channels: int, chromatin: int, *, ridge: float = 1e-5, seed: int = 0) -> None:
-        self.chromatin = chromatin
+        self.chromatin, self.ridge = chromatin, ridge
         self.cells = np.zeros(channels, int)
         self._total: NDArray[Any] | None = None
-        self._regressions = [BlurredRidge(ridge=ridge, seed=seed + c) for c in range(channels)]
+        self._regression: BlurredRidge | None = None
+        self._generator = torch.Generator().manual_seed(seed)
 
     def add(self, images: Floats, measured: NDArray[np.bool_]) -> None:
         """Take in (n, C, Y, X) training crops and which markers were measured, (n, C)."""
-        if self._total is None:
+        if self._total is None or self._regression is None:
             self._total = np.zeros(images.shape[1:], np.float64)
+            sigmas = fitting(SIGMAS, min(images.shape[2:]))
+            self._regression = BlurredRidge(1, images.shape[1], sigmas, ridge=self.ridge, pixels=PIXELS)
         self._total += np.einsum("ncyx,nc->cyx", images, measured.astype(np.float32))
         self.cells += measured.sum(0)
-        for channel, regression in enumerate(self._regressions):
-            cells = measured[:, channel] & measured[:, self.chromatin]
-            if channel != self.chromatin and cells.any():
-                regression.add(images[cells, self.chromatin], images[cells, channel])
+        cells = measured[:, self.chromatin]
+        stains, shown = torch.from_numpy(images[cells]), torch.from_numpy(measured[cells])
+        chromatin = stains[:, self.chromatin, None]
+        self._regression.add(self._regression.equations(chromatin, stains, shown, self._generator))
 
     def known(self, channel: int) -> bool:
         """Whether any training cell had this marker."""
@@ -57,45 +60,9 @@ class Floors:
         return np.asarray(self._total[channel] / self.cells[channel], np.float32)
 
     def linear(self, channel: int, chromatin: Floats) -> Floats:
-        """Predict a marker from (n, Y, X) chromatin crops."""
-        return self._regressions[channel].predict(chromatin)
-
-
-class BlurredRidge:
-    """Ridge regression of a stain's pixel on the chromatin around it, as Gaussian blurs of 0 to 32 px and a constant.
-
-    A blur wider than half the crop is left out. `add` blocks of cells, then `predict`: only the normal equations stay.
-    """
-
-    def __init__(self, sigmas: Sequence[float] = SIGMAS, *, ridge: float = 1e-5, pixels: int = PIXELS, seed: int = 0):
-        self.sigmas, self.ridge, self.pixels = sigmas, ridge, pixels
-        self._rng = np.random.default_rng(seed)
-        self._xx: Any = 0.0
-        self._xy: Any = 0.0
-
-    def add(self, chromatin: Floats, stain: Floats) -> None:
-        """Take in (n, Y, X) chromatin and stain crops of training cells."""
-        x = self._blurs(chromatin).reshape(-1, chromatin[0].size, self._terms(chromatin))
-        n, size = len(x), chromatin[0].size
-        pixel = self._rng.integers(size, size=(n, min(self.pixels, size)))
-        rows = np.take_along_axis(x, pixel[:, :, None], 1).reshape(-1, x.shape[2]).astype(np.float64)
-        y = np.take_along_axis(stain.reshape(n, -1), pixel, 1).ravel().astype(np.float64)
-        self._xx = self._xx + rows.T @ rows
-        self._xy = self._xy + rows.T @ y
-
-    def predict(self, chromatin: Floats) -> Floats:
-        """Predict the stain of (n, Y, X) chromatin crops: (n, Y, X)."""
-        penalty = self.ridge * np.trace(self._xx) / len(self._xx) * np.eye(len(self._xx))
-        penalty[-1, -1] = 0  # the constant goes free
-        weights = np.linalg.solve(self._xx + penalty, self._xy)
-        return np.asarray(self._blurs(chromatin) @ weights.astype(np.float32), np.float32)
-
-    def _fitting(self, images: Floats) -> list[float]:
-        return [s for s in self.sigmas if 2 * s <= min(images.shape[-2:])]
-
-    def _terms(self, images: Floats) -> int:
-        return len(self._fitting(images)) + 1
-
-    def _blurs(self, images: Floats) -> Floats:
-        """(n, Y, X) to (n, Y, X, terms), the constant last."""
-        return np.stack([*(blur(images, s) if s else images for s in self._fitting(images)), np.ones_like(images)], -1)
+        """Predict a marker from (n, Y, X) chromatin crops; by its mean picture where no cell showed both."""
+        assert self._regression is not None
+        if not self._regression.xx[channel].any():
+            return np.broadcast_to(self.marker_mean(channel), chromatin.shape)
+        images = torch.from_numpy(np.ascontiguousarray(chromatin, np.float32))[:, None]
+        return self._regression(images, [channel])[:, 0].numpy()  # type: ignore[no-any-return]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from imgshared.evaluation.features import blur
-from imgshared.evaluation.floors import BlurredRidge, Floors
+from imgshared.evaluation.floors import Floors
 
 rng = np.random.default_rng(0)
 chromatin = blur(rng.normal(0.5, 1, (60, 32, 32)).astype(np.float32), 1.0)
@@ -11,19 +11,28 @@ chromatin = blur(rng.normal(0.5, 1, (60, 32, 32)).astype(np.float32), 1.0)
 
 def test_a_planted_linear_relation_is_recovered_on_new_cells():
     stain = 0.3 * chromatin + 2 * blur(chromatin, 4) - 0.7
-    ridge = BlurredRidge()
-    ridge.add(chromatin[:20], stain[:20])
-    ridge.add(chromatin[20:40], stain[20:40])
-    error = np.abs(ridge.predict(chromatin[40:]) - stain[40:])
+    images, measured = np.stack([chromatin, stain], 1), np.ones((60, 2), bool)
+    floors = Floors(2, 0)
+    floors.add(images[:20], measured[:20])
+    floors.add(images[20:40], measured[20:40])
+    error = np.abs(floors.linear(1, chromatin[40:]) - stain[40:])
     assert error.mean() < 0.02 * stain[40:].std()
 
 
 def test_blurs_wider_than_the_crop_are_left_out():
-    ridge = BlurredRidge()
-    small = chromatin[:, :16, :16]
-    ridge.add(small, small * 2)
-    assert ridge.predict(small).shape == small.shape
-    assert ridge._xx.shape == (6, 6)  # sigma 0, 1, 2, 4, 8 and the constant
+    small = chromatin[:, None, :16, :16]
+    floors = Floors(1, 0)
+    floors.add(small, np.ones((60, 1), bool))
+    assert floors._regression.sigmas == (0, 1, 2, 4, 8)
+    assert floors.linear(0, small[:, 0]).shape == small[:, 0].shape
+
+
+def test_a_marker_never_shown_with_chromatin_is_guessed_by_its_mean():
+    images = np.stack([chromatin, 1 - chromatin], 1)
+    measured = np.arange(60)[:, None] % 2 == np.arange(2)  # one of the two stains in each cell
+    floors = Floors(2, 0)
+    floors.add(images * measured[..., None, None], measured)
+    np.testing.assert_allclose(floors.linear(1, chromatin[:3])[2], floors.marker_mean(1))
 
 
 def test_blocks_and_unmeasured_cells_make_no_difference():

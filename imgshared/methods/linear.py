@@ -1,0 +1,80 @@
+"""linear: ridge regression of a stain's pixel on Gaussian blurs of the sources; the floor every method must clear."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from imgshared.config import LinearConfig
+from imgshared.data.panel import Panel
+from imgshared.losses import pixel_loss
+from imgshared.methods.base import Stage, sum_terms
+from imgshared.methods.paired import PairedMethod
+from imgshared.models.ridge import BlurredRidge, Equations, fitting
+from imgshared.types import Batch, InputError, LossTerms, Prediction
+
+
+class Linear(PairedMethod):
+    """Ridge regression on blurs, fitted in closed form in one pass over the training cells.
+
+    Parameters
+    ----------
+    config
+        Sources, blurs, penalty and pixels.
+    panel
+        The model's.
+    crop_px
+        Side of the training crops: a blur wider than half of it is left out, for larger images too.
+
+    Raises
+    ------
+    InputError
+        Where no blur fits the crops; for unknown sources.
+    """
+
+    config: LinearConfig
+
+    def __init__(self, config: LinearConfig, *, panel: Panel, crop_px: int) -> None:
+        super().__init__(config, panel)
+        sigmas = fitting(config.sigmas, crop_px)
+        if not sigmas:
+            raise InputError(
+                f"method.sigmas: every blur is wider than half a crop of {crop_px} px: use 0 to {crop_px // 2}"
+            )
+        self.ridge = BlurredRidge(
+            len(self.sources), len(self.targets), sigmas, ridge=config.ridge, pixels=config.pixels
+        )
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """One pass, without a gradient."""
+        return [Stage("fit", 1, {"closed form": []})]
+
+    def loss(self, batch: Batch, player: str) -> LossTerms:
+        """Take the batch in and return the mean squared error on it of the fit so far."""
+        pairs = self.pairs(batch)
+        equations = _over_ranks(self.ridge.equations(pairs.sources, pairs.targets, pairs.shown))
+        self.ridge.add(equations)
+        return sum_terms({"l2": self.ridge.squared_error(equations)})
+
+    def validate(self, batch: Batch) -> LossTerms:
+        """Mean squared error over the measured targets of cells that show all sources."""
+        pairs = self.pairs(batch)
+        if not len(pairs.shown):
+            return LossTerms(batch.images.new_zeros(()), {})
+        predicted = self.ridge(pairs.sources)
+        return sum_terms({"l2": pixel_loss(predicted[pairs.shown], pairs.targets[pairs.shown], "l2")})
+
+    def predict(self, sources: Tensor) -> Prediction:
+        """Predict by the fit so far."""
+        return Prediction(self.ridge(sources))
+
+
+def _over_ranks(equations: Equations) -> Equations:
+    """Sum over all ranks, so that each keeps the same fit."""
+    if dist.is_available() and dist.is_initialized():
+        for part in equations:
+            dist.all_reduce(part)
+    return equations

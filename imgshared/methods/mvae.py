@@ -1,0 +1,217 @@
+"""mvae: a multimodal variational autoencoder whose posterior is a product of experts (Wu & Goodman 2018).
+
+Every stain's encoder gives a Gaussian over the one latent of the cell; the posterior of any set of stains is the
+product of their Gaussians and the prior. Two modalities: chromatin, and protein, conditioned on a learnt marker
+embedding, so a cell needs only its own stains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imgshared.config import MvaeConfig
+from imgshared.data.panel import Panel
+from imgshared.losses import kl_per_dimension, reconstruction
+from imgshared.methods.base import LatentMethod, ParameterGroup, Stage, sum_terms
+from imgshared.methods.draws import draw_stains
+from imgshared.models.decoder import LatentDecoder
+from imgshared.models.encoder import SplitEncoder
+from imgshared.types import Batch, Latents, LossTerms, Prediction
+
+LOG_STD = 6.0  # an expert's log standard deviation is kept within +- this, where its precision is finite
+ACTIVE = 0.01  # nats of KL from which a latent dimension counts as used
+COLLAPSED = 0.05  # of the latent dimensions in use
+
+
+class Experts(NamedTuple):
+    """What each stain says of the latent: Gaussians, (B, C, D) float32 each; precision 0 where nothing is said."""
+
+    mean: Tensor
+    precision: Tensor
+
+
+class Mvae(LatentMethod):
+    """One latent a cell, that any of its stains tell and all of them are decoded from; nothing is specific.
+
+    Parameters
+    ----------
+    config
+        Sizes, weights and optimisation.
+    panel
+        The model's.
+    crop_px
+        Side of the crops.
+
+    Raises
+    ------
+    InputError
+        Where the crops cannot be halved once for each of the channels.
+    """
+
+    def __init__(self, config: MvaeConfig, *, panel: Panel, crop_px: int) -> None:
+        super().__init__()
+        self.config, self.chromatin, self.pixels = config, panel.chromatin_index, crop_px**2
+        self.marker = nn.Embedding(len(panel), config.marker_dim)
+        encoders, decoders = {}, {}
+        for modality, condition in (("chromatin", 0), ("protein", config.marker_dim)):
+            encoders[modality] = SplitEncoder(
+                crop_px, config.channels, config.channels[-1], config.latent_dim, 0, condition_dim=condition, outputs=2
+            )
+            decoders[modality] = LatentDecoder(crop_px, config.channels, config.latent_dim, condition_dim=condition)
+        self.encoders, self.decoders = nn.ModuleDict(encoders), nn.ModuleDict(decoders)
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """One."""
+        c = self.config
+        groups = {"generator": [ParameterGroup(list(self.parameters()), c.lr)]}
+        return [Stage("autoencoder", c.epochs, groups, lr_decay=c.lr_decay)]
+
+    @property
+    def beta(self) -> float:
+        """Weight of the KL at this point of the stage, rising linearly (Wu & Goodman 2018, section 4)."""
+        c = self.config
+        return c.beta * min(1.0, self.progress / c.anneal) if c.anneal else c.beta
+
+    def loss(self, batch: Batch, player: str) -> LossTerms:
+        """Negative ELBO of all stains of a cell, of each alone and of random subsets (eq. 5), mean over the cells.
+
+        The ELBO of a subset X is that of eq. 2: sum over the stains in X, and no other, of log p(x | z), minus
+        beta KL(q(z | X) || p(z)), with z drawn from q(z | X). Here it is divided by the pixels of a crop: a stain's
+        likelihood is a mean over pixels and the KL, summed over the latent dimensions, is divided by their number, so
+        that beta = 1 is the true bound. The likelihood "bce" is Bernoulli, "mse" Gaussian of variance 1/2.
+
+        `active_dimensions`, the number of latent dimensions whose KL, given all stains and averaged over the batch,
+        exceeds 0.01 nats, is no term of the loss.
+        """
+        stains = draw_stains(batch.measured, self.chromatin, self.config.proteins_per_step)
+        shown = torch.zeros_like(batch.measured)
+        shown[stains.cells, stains.channels] = True
+        subsets = [random_subsets(shown) for _ in range(self.config.subsets)]
+        return self._negative_elbo(batch, shown, subsets, self.beta)
+
+    def validate(self, batch: Batch) -> LossTerms:
+        """Negative ELBO of all stains of a cell and of each alone, with the full beta; z is drawn, as in training."""
+        return self._negative_elbo(batch, batch.measured, [], self.config.beta)
+
+    def _negative_elbo(
+        self, batch: Batch, shown: Tensor, subsets: Sequence[tuple[Tensor, Tensor]], beta: float
+    ) -> LossTerms:
+        """Return the terms of `loss` for the stains `shown` (B, C) and for some (cells, masks) of subsets of them."""
+        n = len(shown)
+        cells, channels = shown.nonzero(as_tuple=True)
+        everything = (torch.arange(n, device=shown.device), shown)
+        alone = (cells, F.one_hot(channels, shown.shape[1]).bool())
+        owner, masks = (torch.cat(part) for part in zip(everything, alone, *subsets, strict=True))
+
+        experts = self._encode_stains(batch.images, shown)
+        mean, log_std = product_of_experts(experts.mean[owner], experts.precision[owner] * masks[..., None])
+        z = mean + log_std.exp() * torch.randn_like(mean)
+        parts = {}
+        for modality, rows, channels in self._by_modality(masks):
+            target = batch.images[owner[rows], channels, None]
+            logits = self._decode(modality, z[rows], channels)
+            share = len(rows) / n  # from the mean over these stains to their sum in a cell
+            parts[modality] = share * reconstruction(logits, target, self.config.likelihood)
+        kl = kl_per_dimension(mean, log_std).sum() * len(mean) / n
+        terms = sum_terms({**parts, "kl": beta * kl / self.pixels})
+        active = (kl_per_dimension(mean[:n], log_std[:n]) > ACTIVE).sum()
+        return LossTerms(terms.total, {**terms.parts, "active_dimensions": active.float()})
+
+    def encode(self, images: Tensor, measured: Tensor) -> Latents:
+        """Return posterior means: of all marked stains together, and of each alone; nothing is specific."""
+        experts = self._encode_stains(images, measured)
+        shared, _ = product_of_experts(*experts)
+        each, _ = product_of_experts(experts.mean[:, :, None], experts.precision[:, :, None])
+        return Latents(shared, each, shared.new_zeros(*measured.shape, 0), measured)
+
+    def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
+        """Decode the mean of the posterior given the marked stains."""
+        z = self.encode(images, measured).shared
+        out = []
+        for target in targets:
+            channels = torch.full((len(z),), target, device=z.device)
+            logits = self._decode("chromatin" if target == self.chromatin else "protein", z, channels)
+            out.append(torch.sigmoid(logits.float()))
+        return Prediction(torch.cat(out, 1))
+
+    def reconstruct(self, images: Tensor, measured: Tensor, *, specific: bool) -> Tensor:
+        """Rebuild each measured stain from its own posterior mean; there is no specific part to leave out."""
+        each = self.encode(images, measured).each
+        out = torch.zeros_like(images, dtype=torch.float32)
+        for modality, cells, channels in self._by_modality(measured):
+            logits = self._decode(modality, each[cells, channels], channels)
+            out[cells, channels] = torch.sigmoid(logits.float())[:, 0]
+        return out
+
+    def signs(self, values: Mapping[str, float]) -> list[str]:
+        """Say where hardly any latent dimension carries information."""
+        n = self.config.latent_dim
+        active = values.get("active_dimensions", n)
+        if active >= COLLAPSED * n:
+            return []
+        return [
+            "hardly any latent dimension carries information "
+            f"({active:.0f} of {n}): posterior collapse; lower method.beta or raise method.anneal"
+        ]
+
+    def _by_modality(self, marked: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield (modality, rows, channels) of the stains marked in (R, C) bool."""
+        rows, channels = marked.nonzero(as_tuple=True)
+        is_chromatin = channels == self.chromatin
+        for modality, chosen in (("chromatin", is_chromatin), ("protein", ~is_chromatin)):
+            if chosen.any():
+                yield modality, rows[chosen], channels[chosen]
+
+    def _encode_stains(self, images: Tensor, shown: Tensor) -> Experts:
+        shape = (*shown.shape, self.config.latent_dim)
+        mean, precision = (images.new_zeros(shape, dtype=torch.float32) for _ in range(2))
+        for modality, cells, channels in self._by_modality(shown):
+            condition = self._condition(modality, channels)
+            said, _ = self.encoders[modality](images[cells, channels, None], condition)
+            m, log_std = said.float().chunk(2, 1)
+            mean[cells, channels] = m
+            precision[cells, channels] = (-2 * log_std.clamp(-LOG_STD, LOG_STD)).exp()
+        return Experts(mean, precision)
+
+    def _decode(self, modality: str, z: Tensor, channels: Tensor) -> Tensor:
+        return self.decoders[modality](z, self._condition(modality, channels))  # type: ignore[no-any-return]
+
+    def _condition(self, modality: str, channels: Tensor) -> Tensor | None:
+        return self.marker(channels) if modality == "protein" else None
+
+
+def product_of_experts(mean: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply E Gaussians and the standard normal prior (Wu & Goodman 2018, eq. 4).
+
+    Parameters
+    ----------
+    mean, precision
+        (..., E, D); an expert of precision 0 is absent.
+
+    Returns
+    -------
+    Mean and log standard deviation of the product, (..., D); the prior's where every expert is absent.
+    """
+    total = 1 + precision.sum(-2)
+    return (precision * mean).sum(-2) / total, -0.5 * total.log()
+
+
+def random_subsets(shown: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a subset of each cell's stains, of two or more but not all (as the published code of Wu & Goodman).
+
+    Returns
+    -------
+    The cells of (B, C) `shown` that have three stains, for no other has such a subset, and masks (cells, C). Every
+    size is as likely as any other.
+    """
+    cells = (shown.sum(1) > 2).nonzero()[:, 0]
+    shown = shown[cells]
+    size = 2 + (torch.rand(len(cells), device=shown.device) * (shown.sum(1) - 2)).long()
+    rank = torch.rand(shown.shape, device=shown.device).masked_fill(~shown, -1).argsort(1, descending=True).argsort(1)
+    return cells, rank < size[:, None]
