@@ -4,14 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 
-from imgshared.config import ApolloConfig, AugmentConfig, Experiment, MethodConfig
+import numpy as np
+from numpy.typing import NDArray
+
+from imgshared.config import (
+    ApolloConfig,
+    AugmentConfig,
+    CutConfig,
+    CycleGanConfig,
+    Experiment,
+    LinearConfig,
+    MethodConfig,
+    MvaeConfig,
+    Pix2pixConfig,
+    RegressionConfig,
+    TranslatorConfig,
+)
 from imgshared.data.augment import Augment, channel_intensity, paired_geometry
 from imgshared.data.normalise import Normaliser, fit_normaliser
-from imgshared.data.panel import Panel
-from imgshared.data.split import Split, make_split
+from imgshared.data.panel import Panel, nearest
+from imgshared.data.split import Split, column, make_split
 from imgshared.data.store import CellStore
 from imgshared.methods.apollo import Apollo
 from imgshared.methods.base import Method
+from imgshared.methods.cut import Cut
+from imgshared.methods.cyclegan import CycleGan
+from imgshared.methods.linear import Linear
+from imgshared.methods.mvae import Mvae
+from imgshared.methods.pix2pix import Pix2pix
+from imgshared.methods.regression import Regression
+from imgshared.methods.translator import Translator
 from imgshared.types import InputError
 
 
@@ -34,14 +56,36 @@ def build_split(experiment: Experiment, store: CellStore) -> Split:
     return make_split(store.obs, by=c.by, val=c.val, test=c.test, stratify=c.stratify, seed=experiment.seed)
 
 
-def build_normaliser(experiment: Experiment, store: CellStore, panel: Panel, split: Split) -> Normaliser:
-    """Fit the normaliser on the training groups."""
+def build_measured(experiment: Experiment, store: CellStore, panel: Panel) -> NDArray[np.bool_]:
+    """Return what the method may learn from, (cells of the store, markers of the panel) bool.
+
+    Raises
+    ------
+    InputError
+        Where `unstained` names an unknown marker or a group that the store has not.
+    """
+    measured = store.measured[:, store.panel.indices(panel.markers)]
+    groups = column(store.obs, experiment.split.by).astype(str).to_numpy()
+    for marker, hidden in experiment.unstained.items():
+        unknown = sorted(set(hidden) - set(groups))
+        if unknown:
+            near = nearest(unknown[0], set(groups))
+            raise InputError(f"unstained.{marker}: no cell has {experiment.split.by} {unknown[0]!r}.{near}")
+        measured[np.isin(groups, hidden), panel.index(marker)] = False
+    return measured
+
+
+def build_normaliser(
+    experiment: Experiment, store: CellStore, panel: Panel, split: Split, measured: NDArray[np.bool_]
+) -> Normaliser:
+    """Fit the normaliser on the training groups, where `measured`, as `build_measured` returns it, marks a stain."""
     c = experiment.normalise
     cells = (split.assign(store.obs) == "train").nonzero()[0]
     return fit_normaliser(
         store,
         cells,
         store.panel.indices(panel.markers),
+        measured[cells],
         transform=c.transform,
         cofactor=c.cofactor,
         low=c.low,
@@ -51,22 +95,64 @@ def build_normaliser(experiment: Experiment, store: CellStore, panel: Panel, spl
 
 
 def build_method(config: MethodConfig, panel: Panel, crop_px: int) -> Method:
-    """Return the method with fresh networks."""
+    """Return the method with fresh networks.
+
+    Raises
+    ------
+    InputError
+        For settings that the chosen variant would not use, networks that do not fit the crops, unknown sources.
+    """
+    _refuse_ignored(config)
     match config:
         case ApolloConfig():
-            _refuse_ignored(config)
             return Apollo(config, markers=len(panel), chromatin=panel.chromatin_index, crop_px=crop_px)
+        case CutConfig():
+            return Cut(config, panel=panel, crop_px=crop_px)
+        case CycleGanConfig():
+            return CycleGan(config, panel=panel, crop_px=crop_px)
+        case LinearConfig():
+            return Linear(config, panel=panel, crop_px=crop_px)
+        case MvaeConfig():
+            return Mvae(config, panel=panel, crop_px=crop_px)
+        case Pix2pixConfig():
+            return Pix2pix(config, panel=panel, crop_px=crop_px)
+        case RegressionConfig():
+            return Regression(config, panel=panel, crop_px=crop_px)
+        case TranslatorConfig():
+            return Translator(config, panel=panel, crop_px=crop_px)
 
 
-def _refuse_ignored(config: ApolloConfig) -> None:
-    """Refuse settings that the chosen variant of apollo would not use."""
-    two_step = ("latent_noise", "latent_init_std", "norm_weight", "lr_decoder", "lr_latent", "encoder_epochs")
-    unused = two_step if config.one_step else ("kl_weight", "match_weight")
-    for field in dataclasses.fields(config):
-        if field.name in unused and getattr(config, field.name) != field.default:
-            raise InputError(
-                f"method.{field.name} has no effect with method.one_step={str(config.one_step).lower()}: leave it out"
-            )
+def _refuse_ignored(config: MethodConfig) -> None:
+    """Refuse settings that the chosen variant of a method would not use."""
+    match config:
+        case ApolloConfig():
+            two_step = ("latent_noise", "latent_init_std", "norm_weight", "lr_decoder", "lr_latent", "encoder_epochs")
+            ignored = {name: f"method.one_step={str(config.one_step).lower()}" for name in
+                       (two_step if config.one_step else ("kl_weight", "match_weight"))}  # fmt: skip
+        case TranslatorConfig():
+            ignored = _ignored_by_translator(config)
+        case _:
+            return
+    for name, reason in ignored.items():
+        section, _, key = name.rpartition(".")
+        here = getattr(config, section) if section else config
+        default = next(f.default for f in dataclasses.fields(here) if f.name == key)
+        if getattr(here, key) != default:
+            raise InputError(f"method.{name} has no effect with {reason}: leave it out")
+
+
+def _ignored_by_translator(config: TranslatorConfig) -> dict[str, str]:
+    w = config.weights
+    groups = (
+        (not w.adversarial, "method.weights.adversarial=0",
+         ("adversarial", "discriminator_channels", "discriminator_sees_source", "lr_discriminator", "weights.r1")),
+        (not w.patch_nce, "method.weights.patch_nce=0", ("temperature", "patches", "negatives")),
+        (not w.agreement, "method.weights.agreement=0", ("agreement",)),
+        (not w.independence, "method.weights.independence=0", ("independence",)),
+        (config.fusion == "mean", "method.fusion=mean", ("weights.kl",)),
+        (config.head != "mean", f"method.head={config.head}", ("error",)),
+    )  # fmt: skip
+    return {name: reason for ignored, reason, names in groups if ignored for name in names}
 
 
 def build_augment(config: AugmentConfig, method: MethodConfig) -> Augment:

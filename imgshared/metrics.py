@@ -51,6 +51,37 @@ def ssim(real: Floats, predicted: Floats, data_range: float = 1.0) -> NDArray[np
     return np.array([structural_similarity(a, b, data_range=data_range) for a, b in zip(real, predicted, strict=True)])
 
 
+def spectral_ratio(real: Floats, predicted: Floats, finest: float = 8.0) -> NDArray[np.float64]:
+    """Power of structures finer than `finest` pixels, predicted over real: (n, Y, X) and (n, Y, X) to (n,).
+
+    Of the periodograms under a Hann window, mean removed. 1: as much detail (and noise) as the real image; towards 0: a
+    blur; above 1: detail that the real image has not. NaN where the real image has none.
+    """
+    height, width = real.shape[-2:]
+    window = np.hanning(height + 2)[1:-1, None] * np.hanning(width + 2)[1:-1]
+    y, x = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)
+    fine = np.hypot(y, x) > 1 / finest
+    power = []
+    for images in (real, predicted):
+        centred = images - images.mean((-2, -1), keepdims=True)
+        spectrum = np.fft.rfft2(centred * window)
+        power.append((spectrum.real**2 + spectrum.imag**2)[:, fine].sum(1))
+    return _ratio(power[1], power[0])
+
+
+def kernel_distance(real: ArrayLike, predicted: ArrayLike) -> float:
+    """Kernel distance of two sets of features, (n, D) and (m, D), a row a cell; 0 where both come from one distribution.
+
+    The unbiased squared maximum mean discrepancy under the kernel ``(x.y / D + 1)^3``: KID (Binkowski et al. 2018) with
+    whatever extractor made the features. Unbiased, so it may fall below 0.
+    """
+    x, y = np.asarray(real, np.float64), np.asarray(predicted, np.float64)
+    n, m, d = len(x), len(y), x.shape[1]
+    xx, yy, xy = (((a @ b.T) / d + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    within = (xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1))
+    return float(within - 2 * xy.mean())
+
+
 # --- scores over cells ----------------------------------------------------------------------------------------------
 
 

@@ -81,7 +81,7 @@ class TranslatorConfig:
     agreement: Literal["infonce", "triplet"] = "infonce"
     independence: Literal["hsic", "cross_covariance"] = "hsic"
     temperature: Positive = 0.07  # of patch_nce
-    patches: Count = 256  # positions a level, of patch_nce
+    patches: Count = 64  # positions a level, of patch_nce
     negatives: Literal["image", "batch"] = "image"  # of patch_nce
     adversarial: Adversarial = "lsgan"
     discriminator_channels: Channels = (32, 64, 128)
@@ -142,9 +142,9 @@ class CutConfig:
     source: str | None = None  # None: chromatin
     width: Count = 32  # channels of the generator's first convolution
     blocks: Count = 6  # residual ones
-    nce_layers: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the generator's encoder: input, stem, two halvings, middle block
-    nce_weight: Weight = 1.0
-    identity_weight: Weight = 1.0  # NCE of a real stain translated to itself; 0 in FastCUT
+    nce_layers: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the generator: image, two halvings, first and middle block
+    nce_weight: Weight = 1.0  # 10 in FastCUT
+    identity_weight: Weight = 1.0  # NCE of a real stain translated to itself, relative to the other; 0 in FastCUT
     temperature: Positive = 0.07
     patches: Count = 256
     negatives: Literal["image", "batch"] = "image"

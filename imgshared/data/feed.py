@@ -47,6 +47,8 @@ class Feed:
     balance
         "cells": every cell once an epoch; "panels": an epoch of as many cells, the same number of each combination of
         measured markers that occurs, so that the sides of unpaired data meet in every batch.
+    stained
+        (cells, channels) bool, what counts as measured; None: what the store says.
     """
 
     store: CellStore
@@ -60,9 +62,11 @@ class Feed:
     rank: int = 0
     world: int = 1
     balance: Literal["cells", "panels"] = "cells"
+    stained: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
-        self.measured = torch.from_numpy(self._pick(self.store.measured[self.cells]))
+        stained = self._pick(self.store.measured[self.cells]) if self.stained is None else self.stained
+        self.measured = torch.from_numpy(stained)
         self._crops: Tensor | None = None
         if self.residency != "stream":
             self._crops = self._read_all()
@@ -82,7 +86,8 @@ class Feed:
         order = self._order(torch.Generator().manual_seed(mix(self.seed, epoch)))
 
         def rows(step: int) -> Tensor:
-            return order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            return batch.tensor_split(self.world)[self.rank]  # contiguous: each share holds the panels in turn
 
         geometry = augment.geometry if augment else None
         work = ((rows(step), geometry, mix(self.seed, epoch, step, self.rank)) for step in range(start, self.steps))

@@ -79,6 +79,7 @@ def fit_normaliser(
     store: CellStore,
     cells: NDArray[np.integer[Any]],
     channels: Sequence[int],
+    measured: NDArray[np.bool_] | None = None,
     *,
     transform: Literal["linear", "sqrt", "arcsinh"] = "linear",
     cofactor: float = 5.0,
@@ -87,6 +88,13 @@ def fit_normaliser(
     seed: int = 0,
 ) -> Normaliser:
     """Fit on the pixels of the given (training) cells; at most 2000 cells a marker are read.
+
+    Parameters
+    ----------
+    cells, channels
+        Rows and channels of the store.
+    measured
+        (cells, channels) bool, where to look; None: what the store says.
 
     Raises
     ------
@@ -98,9 +106,10 @@ def fit_normaliser(
         raise InputError(f"normalise.low = {low:g} must be below normalise.high = {high:g}: both are percentiles")
     rng = np.random.default_rng(seed)
     bounds = []
-    for channel in channels:
+    measured = store.measured[np.ix_(cells, np.asarray(channels))] if measured is None else measured
+    for channel, known in zip(channels, measured.T, strict=True):
         marker = store.panel.markers[channel]
-        stained = cells[store.measured[cells, channel]]
+        stained = cells[known]
         if not len(stained):
             raise InputError(
                 f"marker {marker!r} is measured in no training cell: leave it out (markers=...) or change the split"

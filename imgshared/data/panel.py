@@ -69,6 +69,14 @@ class Panel:
         """Every marker but chromatin, in order."""
         return tuple(m for m in self.markers if m != self.chromatin)
 
+    def find(self, name: str) -> int | None:
+        """Return the channel of a marker found by name or alias, without regard to case; None where there is none."""
+        wanted = name.lower()
+        for channel, marker in enumerate(self.markers):
+            if wanted == marker.lower() or wanted in (a.lower() for a in self.aliases.get(marker, ())):
+                return channel
+        return None
+
     def index(self, name: str) -> int:
         """Return the channel of a marker found by name or alias, without regard to case.
 
@@ -77,11 +85,10 @@ class Panel:
         InputError
             Where no marker answers to the name; the message gives the nearest one.
         """
-        wanted = name.lower()
-        for channel, marker in enumerate(self.markers):
-            if wanted == marker.lower() or wanted in (a.lower() for a in self.aliases.get(marker, ())):
-                return channel
-        raise InputError(f"no marker {name!r} in the panel {', '.join(self.markers)}.{nearest(name, self.markers)}")
+        channel = self.find(name)
+        if channel is None:
+            raise InputError(f"no marker {name!r} in the panel {', '.join(self.markers)}.{nearest(name, self.markers)}")
+        return channel
 
     def indices(self, names: Sequence[str]) -> list[int]:
         """Return the channels of several markers."""

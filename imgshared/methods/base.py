@@ -77,6 +77,8 @@ class Method(nn.Module, ABC):
     ----------
     sources
         The channels that it predicts from, where it is bound to some; None: any subset predicts any other stain.
+    any_size
+        Whether it translates images of any size, not crops alone.
     progress
         The part of the stage that is done, in [0, 1]; the loop keeps it up to date.
     """
@@ -84,6 +86,7 @@ class Method(nn.Module, ABC):
     tables: Mapping[str, LatentTable]
     stage: Stage
     sources: tuple[int, ...] | None = None
+    any_size: bool = False
     progress: float = 0.0
 
     @property

@@ -68,7 +68,7 @@ def predict_batches(
     InputError
         Where the store breaks the model's contract, a source is unknown, or a cell has none of the sources.
     """
-    chosen = _sources(run, sources)
+    chosen = run.source_mask(sources)
     needed = [m for m, c in zip(run.panel.markers, chosen, strict=True) if c]
     channels = run.contract.check(store, needed)
     device = run.fabric.device
@@ -94,21 +94,6 @@ def predict_batches(
             specific_latents,
             scale,
         )
-
-
-def _sources(run: Run, names: Sequence[str] | None) -> Tensor:
-    """Return which channels are given to the method, (C,) bool."""
-    bound = run.method.sources
-    wanted = run.panel.indices(names) if names else list(bound or [run.panel.chromatin_index])
-    if bound is not None and set(wanted) != set(bound):
-        ours = ", ".join(run.panel.markers[c] for c in bound)
-        raise InputError(
-            f"{run.experiment.method.name} predicts from {ours}, as it was trained, not from {', '.join(names or ())}: "
-            "leave out sources=..., or train with other method.sources; apollo, mvae and translator take any subset"
-        )
-    chosen = torch.zeros(len(run.panel), dtype=torch.bool)
-    chosen[wanted] = True
-    return chosen
 
 
 def _infer(

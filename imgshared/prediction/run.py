@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 
 from imgshared.build import build_method
 from imgshared.config import Experiment
@@ -53,6 +54,27 @@ class Run:
     def normaliser(self) -> Normaliser:
         """Raw intensities to the model's and back."""
         return self.contract.normaliser
+
+    def source_mask(self, names: Sequence[str] | None = None) -> Tensor:
+        """Return the channels that the method is given, (C,) bool: the named ones, or those of its usual question.
+
+        Raises
+        ------
+        InputError
+            For an unknown name, or others than the sources that the method is bound to.
+        """
+        bound = self.method.sources
+        wanted = self.panel.indices(names) if names else list(bound or [self.panel.chromatin_index])
+        if bound is not None and set(wanted) != set(bound):
+            ours = ", ".join(self.panel.markers[c] for c in bound)
+            raise InputError(
+                f"{self.experiment.method.name} predicts from {ours}, as it was trained, not from "
+                f"{', '.join(names or ())}: leave out sources=..., or train with other method.sources; apollo, mvae "
+                "and translator take any subset"
+            )
+        mask = torch.zeros(len(self.panel), dtype=torch.bool)
+        mask[wanted] = True
+        return mask
 
 
 def load_run(path: str | Path, *, checkpoint: str = "best") -> Run:

@@ -149,7 +149,7 @@ def _info(run: Run, store: CellStore, config: PredictConfig) -> dict[str, Any]:
         "method": run.experiment.method.name,
         "store": str(store.path.resolve()),
         "store_hash": store.data_hash,
-        "sources": list(config.sources or [run.panel.markers[c] for c in run.method.sources or (run.panel.chromatin_index,)]),
+        "sources": [run.panel.markers[c] for c in run.source_mask(config.sources).nonzero()[:, 0].tolist()],
         "crop_px": store.crop_px,
         "pixel_size_um": store.pixel_size_um,
         "cells_by_split_of_the_model": {str(k): int(v) for k, v in parts.items()},

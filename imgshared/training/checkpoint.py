@@ -95,7 +95,7 @@ class Contract:
         channels: list[int | None] = []
         for marker in self.panel.markers:
             names = (marker, *self.panel.aliases.get(marker, ()))
-            found = [store.panel.index(n) for n in names if _has(store.panel, n)]
+            found = [c for n in names if (c := store.panel.find(n)) is not None]
             channels.append(found[0] if found else None)
             if not found and (needed is None or marker in needed):
                 missing.append(marker)
@@ -115,14 +115,6 @@ class Contract:
             if not _same(ours, theirs):
                 raise InputError(f"{store.path}: {term} is {theirs}, the model was trained with {ours}: {mend}")
         return channels
-
-
-def _has(panel: Panel, name: str) -> bool:
-    try:
-        panel.index(name)
-    except InputError:
-        return False
-    return True
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -28,6 +28,8 @@ class Ema:
     @torch.no_grad()
     def update(self, steps: int) -> None:
         """Move the average towards the weights after so many steps in all."""
+        if not self.values:
+            return  # a closed form has nothing to average
         decay = min(self.decay, (1 + steps) / (10 + steps))
         torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in self._live.values()], 1 - decay)
 

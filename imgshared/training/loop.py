@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch.optim import Adam
 
-from imgshared.build import build_augment, build_method, build_normaliser, build_panel, build_split
+from imgshared.build import build_augment, build_measured, build_method, build_normaliser, build_panel, build_split
 from imgshared.config import Experiment
 from imgshared.data.feed import Feed, choose_residency, mix
 from imgshared.data.store import CellStore
@@ -30,6 +30,7 @@ from imgshared.training.meter import Meter
 from imgshared.training.watch import CELLS, Watch, collapsed
 from imgshared.types import Batch, InputError
 
+SETTLED = 0.2  # of a stage: before that every method looks collapsed
 FEW_CELLS = 100  # of a marker, below which a user is warned
 SHOWN = ("loss", "full", "shared", "cross", "error", "l1", "nce", "cycle", "adversarial", "kl", "z_shared")
 
@@ -85,7 +86,8 @@ class Trainer:
         store = CellStore(experiment.data)
         panel, split = build_panel(experiment, store), build_split(experiment, store)
         self.fabric = make_fabric(self.config.accelerator, self.config.precision)
-        normaliser = build_normaliser(experiment, store, panel, split)
+        measured = build_measured(experiment, store, panel)
+        normaliser = build_normaliser(experiment, store, panel, split, measured)
         self.contract = Contract(
             panel, store.crop_px, store.pixel_size_um, str(store.dtype), normaliser, split, store.data_hash
         )
@@ -94,12 +96,12 @@ class Trainer:
         method = build_method(experiment.method, panel, store.crop_px)
         tree = self._saved(run) if resume else {}
         cells = {part: (split.assign(store.obs) == part).nonzero()[0] for part in ("train", "val")}
-        self._stained = torch.from_numpy(store.measured[cells["train"]][:, store.panel.indices(panel.markers)])
+        self._stained = torch.from_numpy(measured[cells["train"]])
         method.prepare(self._stained, mix(experiment.seed, 1))
         begin_run(experiment, run, resume, self.fabric)  # after all that may refuse the configuration
         if self.fabric.is_global_zero:
             (run / "contract.json").write_text(json.dumps(self.contract.to_dict(), indent=2) + "\n")
-        self.feeds = {part: self._feed(store, rows) for part, rows in cells.items()}
+        self.feeds = {part: self._feed(store, rows, measured[rows]) for part, rows in cells.items()}
         self.method: Method = method.to(self.fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.position = Position()
         self.ema = Ema(method, self.config.ema) if self.config.ema else None
@@ -245,7 +247,8 @@ class Trainer:
         values = meter.take(self.fabric)[2]
         self.log.record(at.total, at.epoch, stage.name, "val", values | spread)
         self.log.picture(picture, at.total)
-        self._warn([*self.method.signs(self._last), *collapsed(spread)])
+        if self.method.progress > SETTLED:
+            self._warn([*self.method.signs(self._last), *collapsed(spread)])
         if stage.monitored and values["loss"] < at.best:
             at.best, at.waited = values["loss"], 0
             self._save(best=True)
@@ -268,11 +271,10 @@ class Trainer:
 
     def _watch(self) -> Watch:
         """Choose held-out cells all over the store; the same ones in every run of the same split."""
-        rows = self.feeds["val"].cells
-        rows = rows[:: max(1, len(rows) // CELLS)][:CELLS]
-        panel = self.contract.panel
-        feed = replace(self.feeds["val"], cells=rows, residency="memory", rank=0, world=1)
-        images = next(feed.once(CELLS)) if len(rows) else None
+        val, panel = self.feeds["val"], self.contract.panel
+        some = slice(None, None, max(1, len(val) // CELLS))
+        feed = replace(val, cells=val.cells[some], stained=None, residency="memory", rank=0, world=1)
+        images = next(feed.once(CELLS)) if len(val) else None
         return Watch(images, self.method.sources or (panel.chromatin_index,), panel, samples_path(self.run))
 
     def _waited_enough(self, stage: Stage) -> bool:
@@ -331,7 +333,7 @@ class Trainer:
             self.ema.load(tree["ema"])
         self.position = Position(**tree["position"])
 
-    def _feed(self, store: CellStore, cells: Any) -> Feed:
+    def _feed(self, store: CellStore, cells: Any, stained: Any) -> Feed:
         channels, fabric = store.panel.indices(self.contract.panel.markers), self.fabric
         wish = self.config.residency
         here = len(cells) * fabric.world_size  # every rank of this host holds them
@@ -340,7 +342,7 @@ class Trainer:
             residency = "memory"  # albumentations works on the host
         return Feed(
             store, cells, channels, self.contract.normaliser, fabric.device, residency, self.config.batch_size,
-            self.experiment.seed, fabric.global_rank, fabric.world_size, self.config.balance,
+            self.experiment.seed, fabric.global_rank, fabric.world_size, self.config.balance, stained,
         )  # fmt: skip
 
     def _same_buffers(self) -> None:
