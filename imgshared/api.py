@@ -26,12 +26,12 @@ from imgshared.data.simulate import simulate as _simulate
 from imgshared.data.store import CellStore
 from imgshared.evaluation.evaluate import Evaluation
 from imgshared.evaluation.evaluate import evaluate as _evaluate
-from imgshared.prediction import Run, load_run
+from imgshared.prediction import Run, load_run, predict_image
 from imgshared.prediction import predict as _predict
 from imgshared.training.loop import train as _train
 from imgshared.types import InputError
 
-__all__ = ["evaluate", "load_run", "open_store", "predict", "prepare", "simulate", "train"]
+__all__ = ["evaluate", "load_run", "open_store", "predict", "predict_image", "prepare", "simulate", "train"]
 
 PathLike = str | Path
 

@@ -149,6 +149,7 @@ def _ignored_by_translator(config: TranslatorConfig) -> dict[str, str]:
         (not w.patch_nce, "method.weights.patch_nce=0", ("temperature", "patches", "negatives")),
         (not w.agreement, "method.weights.agreement=0", ("agreement",)),
         (not w.independence, "method.weights.independence=0", ("independence",)),
+        (not (w.adversarial or w.patch_nce or w.cycle), "no translation term", ("translation_from",)),
         (config.fusion == "mean", "method.fusion=mean", ("weights.kl",)),
         (config.head != "mean", f"method.head={config.head}", ("error",)),
     )  # fmt: skip

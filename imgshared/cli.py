@@ -20,9 +20,9 @@ predict unmeasured stains, and check the predictions.
 
   imgshared demo                                     see everything work, on simulated cells
   imgshared prepare manifest.csv cells.zarr          images and a table to a cell store
-  imgshared train configs/apollo.yaml data=cells.zarr
-  imgshared predict runs/apollo cells.zarr           unmeasured stains and latents
-  imgshared evaluate runs/apollo cells.zarr 'labels=[drug]'
+  imgshared train configs/translator.yaml data=cells.zarr
+  imgshared predict runs/translator cells.zarr       unmeasured stains and latents
+  imgshared evaluate runs/translator cells.zarr 'labels=[drug]'
 """
 
 KINDS: dict[str, type[Any]] = {
@@ -137,7 +137,7 @@ def _verb(
         if config == "option":
             parser.add_argument("--config", type=Path, help="a YAML file of settings")
         else:
-            parser.add_argument("config", type=Path, help="a YAML file, e.g. configs/apollo.yaml")
+            parser.add_argument("config", type=Path, help="a YAML file, e.g. configs/translator.yaml")
     return parser
 
 

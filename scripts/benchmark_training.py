@@ -1,10 +1,12 @@
-"""How fast apollo trains at its published sizes, and what data loading costs.
+"""How fast apollo trains at its published sizes, translator beside it, and what data loading costs.
 
     python scripts/benchmark_training.py [--steps 5] [--record benchmarks/training.json]
 
 One run measures, in turn and repeatedly, plain float32 in the default memory format against what `train` uses
 (channels_last, and bf16 where the hardware has it): 128-pixel crops, stage 1 of `configs/apollo_published.yaml`, four
-decoders, batch 64, one protein a cell. Then it trains from a store of random crops and measures how long a step waits
+decoders, batch 64, one protein a cell. Beside them, in the same rounds, `configs/translator.yaml`: as it stands, in
+float32, with each of its costlier terms, and predicting. Then it trains from a store of random crops and measures how
+long a step waits
 for its batch, with the crops in memory and streamed from disk; and how the time of the free latents' step depends on
 the number of cells. Figures are medians; read the ratios.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,33 +24,39 @@ import pandas as pd
 import torch
 from common import ROOT, markdown, record
 
+from imgshared.build import build_method
 from imgshared.config import Experiment, load
 from imgshared.data.feed import Feed, Residency
 from imgshared.data.normalise import Normaliser
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore, StoreWriter, panel_table
-from imgshared.methods.apollo import Apollo
+from imgshared.methods.base import Method
 from imgshared.models.latents import LatentTable
 from imgshared.training.devices import has_bf16
 from imgshared.types import Batch
 
 CROP, BATCH = 128, 64
+PLAIN = "apollo, float32, contiguous"
+TRANSLATOR, PREDICTS = "translator", "translator predicts one stain"
 
 
 class Bench:
-    """A method, its optimiser and a batch, in one precision and memory format."""
+    """A method, its optimisers and a batch, in one precision and memory format."""
 
-    def __init__(self, device: torch.device, *, channels_last: bool, bf16: bool) -> None:
-        config = load(Experiment, ROOT / "configs" / "apollo_published.yaml").method
+    def __init__(self, device: torch.device, config: str, *overrides: str, channels_last: bool, bf16: bool) -> None:
+        settings = load(Experiment, ROOT / "configs" / f"{config}.yaml", overrides).method
         torch.manual_seed(0)
         self.device, self.bf16 = device, bf16
         self.format = torch.channels_last if channels_last else torch.contiguous_format
-        self.method = Apollo(config, markers=2, chromatin=0, crop_px=CROP).to(device, memory_format=self.format)
-        self.method.prepare(torch.ones(1024, 2, dtype=torch.bool), seed=0)
+        method = build_method(settings, Panel(("DNA", "P"), "DNA"), CROP)
+        method.prepare(torch.ones(1024, 2, dtype=torch.bool), seed=0)
+        self.method: Method = method.to(device, memory_format=self.format)
         self.stage = self.method.stages[0]
         self.method.start(self.stage)
-        group = self.stage.groups["generator"][0]
-        self.optimizer = torch.optim.Adam(group.parameters, lr=group.lr)
+        self.optimizers = {
+            player: torch.optim.Adam([{"params": list(g.parameters), "lr": g.lr} for g in groups])
+            for player, groups in self.stage.groups.items()
+        }
         images = torch.rand(BATCH, 2, CROP, CROP, device=device).contiguous(memory_format=self.format)
         self.batch = Batch(
             torch.arange(BATCH, device=device), images, torch.ones(BATCH, 2, dtype=torch.bool, device=device)
@@ -56,13 +65,31 @@ class Bench:
     def step(self, batch: Batch | None = None) -> float:
         """Take a training step and return its seconds."""
         began = time.perf_counter()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            terms = self.method.loss(batch or self.batch, "generator")
-        self.optimizer.zero_grad(set_to_none=True)
-        terms.total.backward()
-        self.optimizer.step()
+        for player, optimizer in self.optimizers.items():
+            self.method.turn(player)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                terms = self.method.loss(batch or self.batch, player)
+            optimizer.zero_grad(set_to_none=True)
+            terms.total.backward()
+            optimizer.step()
         for table, lr in self.stage.tables:
             table.step(lr)
+        return self._since(began)
+
+    @torch.inference_mode()
+    def predict(self) -> float:
+        """Predict the protein from chromatin and return the seconds."""
+        self.method.eval()
+        given = torch.zeros_like(self.batch.measured)
+        given[:, 0] = True
+        began = time.perf_counter()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            self.method.translate(self.batch.images, given, [1])
+        seconds = self._since(began)
+        self.method.start(self.stage)
+        return seconds
+
+    def _since(self, began: float) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
@@ -97,24 +124,33 @@ def main() -> None:
 
 def compare(device: torch.device, steps: int) -> tuple[list[dict[str, object]], Bench]:
     """Time the variants in turn, so that a drift of the machine's speed meets all of them."""
+    half = has_bf16(device.type)
+    best = partial(Bench, device, channels_last=True, bf16=half)
+    named = "bf16, channels_last" if half else "float32, channels_last"
     variants = {
-        "float32, contiguous": Bench(device, channels_last=False, bf16=False),
-        "float32, channels_last": Bench(device, channels_last=True, bf16=False),
+        PLAIN: Bench(device, "apollo_published", channels_last=False, bf16=False),
+        "apollo, float32, channels_last": Bench(device, "apollo_published", channels_last=True, bf16=False),
+        f"apollo, {named}": best("apollo_published"),
+        "translator, float32, contiguous": Bench(device, "translator", channels_last=False, bf16=False),
+        TRANSLATOR: best("translator"),
     }
-    if has_bf16(device.type):
-        variants["bf16, channels_last"] = Bench(device, channels_last=True, bf16=True)
-    for bench in variants.values():
-        bench.step()  # warm up
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for term in ("patch_nce", "cycle", "agreement", "independence", "identity"):
+        variants[f"{TRANSLATOR} + {term}"] = best("translator", f"method.weights.{term}=0.1")
+    variants["translator without adversarial"] = best("translator", "method.weights.adversarial=0")
+    work = {name: bench.step for name, bench in variants.items()} | {PREDICTS: variants[TRANSLATOR].predict}
+    for job in work.values():
+        job()  # warm up
+    seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(steps):
-        for name, bench in variants.items():
-            seconds[name].append(bench.step())
-    plain = float(np.median(seconds["float32, contiguous"]))
+        for name, job in work.items():
+            seconds[name].append(job())
+    median = {name: float(np.median(s)) for name, s in seconds.items()}
     rows = [
-        {"variant": name, "cells/s": BATCH / float(np.median(s)), "ratio": plain / float(np.median(s))}
-        for name, s in seconds.items()
-    ]
-    return rows, list(variants.values())[-1]
+        {"variant": name, "cells/s": BATCH / s, "ratio to plain apollo": median[PLAIN] / s,
+         "time / translator's step": s / median[TRANSLATOR]}
+        for name, s in median.items()
+    ]  # fmt: skip
+    return rows, variants[f"apollo, {named}"]
 
 
 def measure_loading(bench: Bench, device: torch.device, steps: int) -> list[dict[str, object]]:

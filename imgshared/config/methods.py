@@ -68,16 +68,18 @@ class TranslatorConfig:
     backbone: str = "conv"  # this project's own pyramid, or the name of a timm model
     encoders: Literal["modality", "marker"] = "modality"  # chromatin and (marker-conditioned) protein, or one a marker
     channels: Channels = (32, 48, 64, 96)  # of the levels at 1/2, 1/4, ... of the resolution
-    shared_fraction: Probability = 0.5  # of the channels of every level; the rest is specific
+    shared_fraction: Probability = 0.75  # of the channels of every level; the rest is specific
     fusion: Literal["mean", "product"] = "mean"  # of the visible stains' shared maps; product: of Gaussian experts
     head: Literal["mean", "laplace", "gaussian"] = "mean"  # the last two also predict a scale a pixel
     error: Literal["l1", "l2"] = "l2"  # of a mean head
     marker_dim: Count = 32
-    proteins_per_step: Count | None = 2  # of a cell's proteins, drawn anew each step; None: all
-    chromatin_only: Probability = 0.5  # of the cells show chromatin alone: the usual question in use
+    chromatin_only: Probability = 0.6  # of the cells show chromatin alone: the usual question in use
     hide: Probability = 0.5  # of the stains of the other cells; one always stays visible
+    visible_proteins: Count | None = 2  # at most so many of a cell's proteins are shown in a step; None: all
+    hidden_proteins: Count | None = 4  # at most so many hidden stains of a cell are predicted in a step; None: all
     latent_noise: Weight = 0.0  # standard deviation of noise on the maps
     weights: TranslatorWeights = dataclasses.field(default_factory=TranslatorWeights)
+    translation_from: Probability = 0.0  # the part of the training before which patch_nce, adversarial and cycle rest
     agreement: Literal["infonce", "triplet"] = "infonce"
     independence: Literal["hsic", "cross_covariance"] = "hsic"
     temperature: Positive = 0.07  # of patch_nce

@@ -45,36 +45,50 @@ class Stains(NamedTuple):
 
 def draw_stains(measured: Tensor, chromatin: int, proteins_per_cell: int | None) -> Stains:
     """List the stains of (B, C) `measured`; of each cell's proteins at most so many, drawn at random. All visible."""
-    keep = measured
-    if proteins_per_cell is not None:
-        order = torch.rand(measured.shape, device=measured.device).masked_fill(~measured, -1.0)
-        order[:, chromatin] = -1.0
-        rank = order.argsort(1, descending=True).argsort(1)
-        keep = measured & (rank < proteins_per_cell)
-        keep[:, chromatin] = measured[:, chromatin]
-    first = torch.tensor([chromatin, *(c for c in range(measured.shape[1]) if c != chromatin)], device=measured.device)
-    cells, place = keep[:, first].nonzero(as_tuple=True)
-    return Stains(cells, first[place], torch.ones_like(cells, dtype=torch.bool))
+    proteins = measured.clone()
+    proteins[:, chromatin] = False
+    keep = at_most(proteins, proteins_per_cell)
+    keep[:, chromatin] = measured[:, chromatin]
+    return list_stains(keep, torch.zeros_like(keep), chromatin)
 
 
-def hide(stains: Stains, cells: int, chromatin: int, chromatin_only: float, share: float) -> Tensor:
-    """Choose what is visible: (P,) bool with at least one stain of every cell that has any.
+def list_stains(visible: Tensor, hidden: Tensor, chromatin: int) -> Stains:
+    """List the stains that either of two disjoint (B, C) bool masks marks."""
+    order = [chromatin, *(c for c in range(visible.shape[1]) if c != chromatin)]
+    first = torch.tensor(order, device=visible.device)
+    cells, place = (visible | hidden)[:, first].nonzero(as_tuple=True)
+    channels = first[place]
+    return Stains(cells, channels, visible[cells, channels])
 
-    Of the cells with chromatin and another stain a share `chromatin_only` shows chromatin alone; of all other cells
-    each stain is hidden with probability `share`, and where that would hide them all, one drawn at random stays.
+
+def at_most(mask: Tensor, limit: int | None) -> Tensor:
+    """Keep at most `limit` true values of each row of a (B, C) bool mask, drawn at random; None keeps all."""
+    if limit is None:
+        return mask.clone()
+    draw = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
+    return mask & (draw.argsort(1, descending=True).argsort(1) < limit)
+
+
+def show(measured: Tensor, chromatin: int, *, chromatin_only: float, hide: float, proteins: int | None) -> Tensor:
+    """Choose what of (B, C) `measured` a method is shown: (B, C) bool, at least one stain of every cell that has any.
+
+    Of the cells with chromatin and another stain a share `chromatin_only` shows chromatin alone. Of all other cells
+    each stain is hidden with probability `hide`, and at most so many `proteins` are shown; where nothing would be
+    left, one stain drawn at random is.
     """
-    device = stains.cells.device
-    draw = torch.rand(len(stains.cells), device=device)
-    is_chromatin = stains.channels == chromatin
-    count = torch.bincount(stains.cells, minlength=cells)
-    has = torch.zeros(cells, dtype=torch.bool, device=device)
-    has[stains.cells[is_chromatin]] = True
-    alone = (has & (count > 1) & (torch.rand(cells, device=device) < chromatin_only))[stains.cells]
-    visible = torch.where(alone, is_chromatin, draw >= share)
-    best = torch.full((cells,), -1.0, device=device).scatter_reduce(0, stains.cells, draw, "amax")
-    shown = torch.zeros(cells, dtype=torch.bool, device=device)
-    shown[stains.cells[visible]] = True
-    return visible | (~shown[stains.cells] & (draw == best[stains.cells]))
+    draw = torch.rand(measured.shape, device=measured.device)
+    visible = measured & (draw >= hide)
+    stained = visible[:, chromatin].clone()
+    visible[:, chromatin] = False
+    visible = at_most(visible, proteins)
+    visible[:, chromatin] = stained
+    best = draw.masked_fill(~measured, -1.0)
+    visible |= (best == best.amax(1, keepdim=True)) & measured & ~visible.any(1, keepdim=True)
+    alone = measured[:, chromatin] & (measured.sum(1) > 1)
+    alone &= torch.rand(len(measured), device=measured.device) < chromatin_only
+    only = torch.zeros_like(measured)
+    only[:, chromatin] = True
+    return torch.where(alone[:, None], only, visible)
 
 
 def draw_targets(measured: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from imgshared import losses
 from imgshared.config import TranslatorConfig
 from imgshared.data.panel import Panel
 from imgshared.methods.base import LatentMethod, ParameterGroup, Stage, sum_terms
-from imgshared.methods.draws import Stains, draw_stains, draw_targets, hide, rows_showing
+from imgshared.methods.draws import Stains, at_most, draw_targets, list_stains, rows_showing, show
 from imgshared.models.discriminator import PatchDiscriminator, check_fits
 from imgshared.models.patches import PatchProjection, sample_positions
 from imgshared.models.pyramid import pool_to_middle
@@ -159,23 +159,27 @@ class Translator(LatentMethod):
             (w.identity, "identity", self._identity),
         ]
         parts = {name: weight * term(step) for weight, name, term in terms if weight}
-        if w.adversarial or w.patch_nce or w.cycle:
+        self._kept = None
+        if (w.adversarial or w.patch_nce or w.cycle) and self.progress >= self.config.translation_from:
             parts |= self._translation_terms(step)
         return sum_terms(parts)
 
     def _begin(self, batch: Batch) -> Step:
         """Draw stains, hide some, encode the visible ones and fuse their shared maps."""
         c = self.config
-        stains = draw_stains(batch.measured, self.panel.chromatin_index, c.proteins_per_step)
-        visible = hide(stains, len(batch.index), self.panel.chromatin_index, c.chromatin_only, c.hide)
-        stains = stains._replace(visible=visible)
+        chromatin = self.panel.chromatin_index
+        shown = show(batch.measured, chromatin, chromatin_only=c.chromatin_only, hide=c.hide,
+                     proteins=c.visible_proteins)  # fmt: skip
+        hidden = at_most(batch.measured & ~shown, c.hidden_proteins)
+        stains = list_stains(shown, hidden, chromatin)
+        visible = stains.visible
         all_of_them = self.weights.agreement or self.weights.independence
         encoded = torch.arange(len(visible), device=visible.device) if all_of_them else visible.nonzero()[:, 0]
         maps = self.network.encode(batch.images[stains.cells[encoded], stains.channels[encoded], None],
                                    stains.channels[encoded])  # fmt: skip
         seen = visible[encoded]
-        shown = Maps([h[seen] for h in maps.shared], (), [h[seen] for h in maps.log_std]) if all_of_them else maps
-        fused = self.network.fuse(shown, stains.cells[encoded][seen], len(batch.index))
+        known = Maps([h[seen] for h in maps.shared], (), [h[seen] for h in maps.log_std]) if all_of_them else maps
+        fused = self.network.fuse(known, stains.cells[encoded][seen], len(batch.index))
         return Step(batch, stains, encoded, maps, fused, self.network.shared_path(self._noisy(fused)))
 
     def _noisy(self, fused: Maps) -> list[Tensor]:
@@ -257,7 +261,6 @@ class Translator(LatentMethod):
             measured = measured & measured[:, self.panel.chromatin_index, None]
         cells, channels = draw_targets(measured, shown)
         if not len(cells):
-            self._kept = None
             return {}
         images, _ = self.network.decode(step.trunk[cells], channels, _size(batch.images))
         fake = Translated(batch, cells, channels, images)

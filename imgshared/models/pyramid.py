@@ -94,28 +94,27 @@ class TimmPyramid(nn.Module):
             raise InputError(
                 f"method.backbone: timm knows no model {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
             )
+        levels = tuple(range(len(channels)))
         try:
-            self.body = timm.create_model(name, pretrained=False, features_only=True, in_chans=inputs)
+            self.body = timm.create_model(
+                name, pretrained=False, features_only=True, in_chans=inputs, out_indices=levels
+            )
         except (RuntimeError, AttributeError, TypeError) as error:
             raise InputError(f"method.backbone: {name} gives no pyramid of features ({error})") from error
-        info: Any = self.body.feature_info
-        if len(info) < len(channels):
-            raise InputError(
-                f"method.channels has {len(channels)} levels, {name} has {len(info)} (at 1/{info.reduction()} of the "
-                "resolution): name as many channels"
-            )
-        self.reductions = tuple(info.reduction()[: len(channels)])
+        except (IndexError, AssertionError) as error:  # as timm says it of either kind of model
+            raise InputError(f"method.channels has {len(channels)} levels, more than {name}: name fewer") from error
+        self.reductions = tuple(self.body.feature_info.reduction())
         if not self._takes_any_size(4 * self.reductions[-1], inputs):
             raise InputError(
                 f"method.backbone: {name} takes images of its own size alone: name a convolutional one, e.g. resnet10t"
             )
-        widths = info.channels()[: len(channels)]
+        widths = self.body.feature_info.channels()
         self.project = nn.ModuleList([nn.Conv2d(a, b, 1) for a, b in zip(widths, channels, strict=True)])
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """As `ConvPyramid.forward`."""
         maps = self.body(images)
-        return [project(h) for project, h in zip(self.project, maps, strict=False)]
+        return [project(h) for project, h in zip(self.project, maps, strict=True)]
 
     @torch.no_grad()
     def _takes_any_size(self, side: int, inputs: int) -> bool:
@@ -125,7 +124,7 @@ class TimmPyramid(nn.Module):
         except (AssertionError, RuntimeError):  # as timm's transformers say it
             return False
         self.body.train()
-        return all(h.shape[2:] == (side // r, side // r) for h, r in zip(maps, self.reductions, strict=False))
+        return all(h.shape[2:] == (side // r, side // r) for h, r in zip(maps, self.reductions, strict=True))
 
 
 class UpPath(nn.Module):

@@ -145,7 +145,7 @@ class Head(nn.Module):
     one that all share, which smooths what pixels of one coarse place would otherwise do each on its own (checkerboards).
     """
 
-    FINE = 8  # channels at full resolution
+    FINE = 4  # channels at full resolution
 
     def __init__(self, width: int, markers: int, marker_dim: int, reduction: int, outputs: int) -> None:
         super().__init__()

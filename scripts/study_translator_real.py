@@ -1,0 +1,227 @@
+"""translator on real cells: paired and unpaired bbbc013, imc_spleen region by region, crops against whole fields.
+
+    python scripts/study_translator_real.py DATA OUT [--parts bbbc013 unpaired imc_spleen]
+
+DATA holds bbbc013/ and imc_spleen/. bbbc013: rows A and E train, rows B and F are reported on. Unpaired: DNA of the odd
+columns and FKHR of the even ones, never both of one cell. imc_spleen: one region is reported on, the next one stops the
+training, two train; stains are predicted for the whole region at once and compared as its data sheet does, with the
+target smoothed at sigma 1. A finished run is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import study_bbbc013
+import tifffile
+from common import ROOT, markdown, metrics, record
+from numpy.typing import NDArray
+from rich.console import Console
+from scipy.ndimage import gaussian_filter
+from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from study_imc_spleen import REGIONS, prepared
+
+import imgshared
+from imgshared import metrics as scores
+from imgshared.config import Experiment, load
+from imgshared.data.store import CellStore
+from imgshared.prediction import Run, predict_cells, predict_image
+
+HELD_OUT = [f"{row}{column:02d}" for row in "BF" for column in range(1, 13)]
+UNPAIRED = ("translator_unpaired", "cut", "cyclegan")
+IMC = ("translator", "regression", "linear")
+
+
+def main() -> None:
+    """Run the chosen parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+        "bbbc013": paired,
+        "unpaired": unpaired,
+        "imc_spleen": regions,
+    }
+    parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
+    parser.add_argument("--record", type=Path, default=None, help="folder for the JSON (default: OUT)")
+    a = parser.parse_args()
+    for part in a.parts:
+        result = parts[part](a)
+        for title, rows in result.items():
+            print(f"\n{part}: {title}\n\n{markdown(rows)}")
+        record((a.record or a.out) / f"translator_{part}.json", result)
+
+
+def trained(config: str, store: Path, run: Path, *overrides: str) -> Run:
+    """Train what is not there yet, and open it."""
+    done = run / "done"
+    if not done.exists():
+        Console().rule(str(run))
+        experiment = load(Experiment, ROOT / "configs" / f"{config}.yaml", [f"data={store}", *overrides])
+        imgshared.train(experiment, out=run, resume=run.exists(), console=Console())
+        done.touch()
+    return imgshared.load_run(run)
+
+
+# --- bbbc013 ----------------------------------------------------------------------------------------------------------
+
+
+def paired(a: argparse.Namespace) -> dict[str, Any]:
+    """DNA to FKHR: correlation beside the linear floor, and what dose is read from."""
+    store = study_bbbc013.prepared(a.data.resolve() / "bbbc013", a.out / "bbbc013")
+    split = [f"split.test={HELD_OUT}", f"split.val={list(study_bbbc013.VAL)}"]
+    run = trained("translator", store, a.out / "bbbc013" / "translator", *split, "method.epochs=16")
+    report = run.path / "evaluation" / "cells"
+    if not (report / "metrics.json").exists():
+        wish = {"labels": ["dose"], "label_values": ["low", "high"], "train_on": "train"}
+        imgshared.evaluate(run, store, console=Console(), **wish)
+    stains = metrics(report)["stains"]
+    return {
+        "mean Pearson r a cell": stains.to_dict("records"),
+        "dose, AUROC": study_bbbc013.read(report),
+        "whole fields against crops": fields(a, run),
+    }
+
+
+def fields(a: argparse.Namespace, run: Run, margin: int = 64, wells: tuple[str, ...] = ("B01", "B06", "F12")) -> Any:
+    """The same weights on whole fields and on large crops of them, compared away from the crop's border."""
+    rows = []
+    for well in wells:
+        image = tifffile.imread(a.data / "bbbc013" / f"{well}.ome.tif")
+        names = list(CellStore(run.experiment.data).panel.markers)
+        whole = predict_image(run, image, names)[0]
+        y = x = 160  # a multiple of the network's steps: the same grid
+        tile = predict_image(run, image[:, y : y + 320, x : x + 320], names)[0]
+        inner = slice(margin, -margin)
+        part = whole[y : y + 320, x : x + 320]
+        gap = np.abs(tile - part)[inner, inner]
+        real = image[names.index(run.panel.proteins[0])].astype(np.float64)
+        r = float(np.corrcoef(whole.ravel(), real.ravel())[0, 1])
+        span = float(whole.max() - whole.min())
+        rows.append({"well": well, "r, whole field": r, "greatest gap / range": float(gap.max()) / span})
+    return rows
+
+
+def unpaired(a: argparse.Namespace) -> dict[str, Any]:
+    """Learn from DNA of some wells and FKHR of others; judge on held-out wells that have both."""
+    store = study_bbbc013.prepared(a.data.resolve() / "bbbc013", a.out / "bbbc013")
+    wells = [f"{row}{column:02d}" for row in "AE" for column in range(1, 13)]
+    hidden = {"DNA": [w for w in wells if int(w[1:]) % 2 == 0], "FKHR-EGFP": [w for w in wells if int(w[1:]) % 2]}
+    split = [f"split.test={HELD_OUT}", "split.val=[]", f"unstained={json.dumps(hidden)}"]
+    rows = []
+    for name in UNPAIRED:
+        run = trained(name, store, a.out / "unpaired" / name, *split, "method.epochs=10")
+        rows += [{"method": name, **row} for row in against_shuffled(run, CellStore(store))]
+    return {"FKHR predicted from DNA, held-out wells, learnt without pairs": rows}
+
+
+def against_shuffled(run: Run, store: CellStore, n: int = 2000) -> list[dict[str, Any]]:
+    """Pixel Pearson and intensity Spearman of predictions, and of the same predictions given to other cells."""
+    test = np.flatnonzero(run.split.assign(store.obs) == "test")
+    cells = np.sort(np.random.default_rng(0).choice(test, min(n, len(test)), replace=False))
+    done = predict_cells(run, store, cells, full=False, shared=False)
+    c = run.panel.index(run.panel.proteins[0])
+    real, predicted = done.real[:, c], done.images["predicted"][:, c]
+    other = np.random.default_rng(1).permutation(len(cells))
+    rows = []
+    for name, guess in (("predicted", predicted), ("shuffled", predicted[other])):
+        rho = spearmanr(real.mean((1, 2)), guess.mean((1, 2))).statistic
+        r = np.nanmean(scores.pearson(real, guess))
+        rows.append({"prediction": name, "r": float(r), "intensity Spearman": float(rho)})
+    return rows
+
+
+# --- imc_spleen -------------------------------------------------------------------------------------------------------
+
+
+def regions(a: argparse.Namespace) -> dict[str, Any]:
+    """Leave one region out: every protein from DNA1, translator beside regression and linear."""
+    folder = a.data.resolve() / "imc_spleen"
+    store = prepared(folder, a.out / "imc_spleen", "crop_px=64")
+    rows, labels = [], []
+    for region in REGIONS:
+        val = REGIONS[(REGIONS.index(region) + 1) % len(REGIONS)]
+        split = [f"split.test=[{region}]", f"split.val=[{val}]", "normalise.transform=arcsinh", "normalise.cofactor=1"]
+        split += ["normalise.low=0"]
+        for name in IMC:
+            run = trained(name, store, a.out / "imc_spleen" / f"{name}_{region}", *split, *_length(name))
+            images = {r: _region(run, folder, r) for r in REGIONS}
+            rows += [{"region": region, "method": name, **row} for row in _correlations(run, *images[region])]
+            labels.append({"region": region, "method": name, **_pulp(images, folder, region)})
+    table = pd.DataFrame(rows)
+    mean = table.pivot_table(index="marker", columns="method", values="r", sort=False)
+    gain = table.pivot_table(index=["marker", "region"], columns="method", values="r", sort=False)
+    gain = (gain["translator"] - gain["linear"]).groupby("marker", sort=False)
+    shown = [
+        {"marker": m, **mean.loc[m, list(IMC)].to_dict(), "gain over linear": float(gain.mean()[m]),
+         "least": float(gain.min()[m]), "greatest": float(gain.max()[m])}
+        for m in mean.index
+    ]  # fmt: skip
+    shown.append({"marker": "mean", **pd.DataFrame(shown).mean(numeric_only=True).to_dict()})
+    return {"pixel r over the left-out region": shown, "white pulp against the rest, AUROC": labels, "each": rows}
+
+
+def _length(name: str) -> list[str]:
+    return [] if name == "linear" else ["method.epochs=3"]
+
+
+Region = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+def _region(run: Run, folder: Path, region: str) -> Region:
+    """Return arcsinh stains and arcsinh predictions of a whole region, both (C, Y, X) of the model's panel."""
+    image = tifffile.imread(folder / f"{region}.ome.tif")
+    predicted = predict_image(run, image, run.panel.markers, markers=run.panel.markers)
+    return np.arcsinh(image.astype(np.float64)), np.arcsinh(predicted.astype(np.float64))
+
+
+def _correlations(run: Run, real: NDArray[np.float64], predicted: NDArray[np.float64]) -> list[dict[str, Any]]:
+    rows = []
+    for marker in run.panel.proteins:
+        c = run.panel.index(marker)
+        smooth = gaussian_filter(real[c], 1)
+        raw, r = (float(np.corrcoef(target.ravel(), predicted[c].ravel())[0, 1]) for target in (real[c], smooth))
+        rows.append({"marker": marker, "r": r, "r, not smoothed": raw})
+    return rows
+
+
+def _pulp(images: dict[str, Region], folder: Path, region: str) -> dict[str, float]:
+    """Read white pulp from measured and predicted proteins of a cell, and from DNA with its surroundings."""
+    table = pd.read_csv(folder / "cells.csv")
+    inputs: dict[str, list[NDArray[Any]]] = {"real proteins": [], "predicted proteins": [], "DNA with context": []}
+    truth, held_out = [], []
+    for name, (real, predicted) in images.items():
+        labels = tifffile.imread(folder / f"{name}_cells.tif")
+        rows = table[table["roi"] == name]
+        truth.append((rows["region"] == "white_pulp").to_numpy())
+        held_out.append(np.full(len(rows), name == region))
+        around = np.stack([gaussian_filter(real[0], s) for s in (0, 2, 5, 10, 15)])
+        for key, stack in zip(inputs, (real[1:], predicted[1:], around), strict=True):
+            inputs[key].append(_cell_means(stack, labels, rows["label"].to_numpy()))
+    y, test = np.concatenate(truth), np.concatenate(held_out)
+    out = {}
+    for key, blocks in inputs.items():
+        x = np.concatenate(blocks)
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(x[~test], y[~test])
+        out[key] = float(roc_auc_score(y[test], model.predict_proba(x[test])[:, 1]))
+    return out
+
+
+def _cell_means(stack: NDArray[Any], labels: NDArray[Any], wanted: NDArray[Any]) -> NDArray[Any]:
+    """Mean of (K, Y, X) maps in each wanted label: (n, K)."""
+    count = np.maximum(np.bincount(labels.ravel()), 1)
+    return np.stack([(np.bincount(labels.ravel(), layer.ravel()) / count)[wanted] for layer in stack], 1)
+
+
+if __name__ == "__main__":
+    main()

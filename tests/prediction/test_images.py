@@ -1,0 +1,76 @@
+"""Whole images with the weights of crops."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from imgshared.build import build_method
+from imgshared.config import RegressionConfig, TranslatorConfig
+from imgshared.prediction import predict_image
+from imgshared.types import InputError
+
+TRANSLATOR = TranslatorConfig(channels=(8, 12), marker_dim=4)
+
+
+def opened(trained_run, config):
+    torch.manual_seed(0)
+    method = build_method(config, trained_run.panel, trained_run.contract.crop_px)
+    with torch.no_grad():
+        for p in method.parameters():  # what starts at zero would hide a mistake
+            p.add_(0.05 * torch.randn_like(p))
+    return replace(trained_run, method=method.eval(), experiment=replace(trained_run.experiment, method=config))
+
+
+@pytest.fixture
+def field():
+    return np.random.default_rng(0).integers(0, 500, (3, 131, 150)).astype(np.uint16)
+
+
+@pytest.mark.parametrize("config", [TRANSLATOR, RegressionConfig(channels=(4, 8))], ids=lambda c: c.name)
+def test_a_field_and_a_crop_of_it_agree_inside(trained_run, field, config):
+    run = opened(trained_run, config)
+    names = run.panel.markers
+    whole, part = predict_image(run, field, names), predict_image(run, field[:, 32:96, 48:112], names)
+    assert whole.shape == (2, 131, 150)
+    inside, span = (slice(None), slice(28, -28), slice(28, -28)), float(np.ptp(whole))
+    np.testing.assert_allclose(part[inside], whole[:, 32:96, 48:112][inside], atol=1e-4 * span)
+    assert np.abs(part - whole[:, 32:96, 48:112]).max() > 1e-2 * span  # at the border they know different things
+
+
+def test_a_field_is_normalised_and_inverted_as_the_cells_were(trained_run, field):
+    run = opened(trained_run, TRANSLATOR)
+    chromatin = run.panel.chromatin_index
+    x = run.normaliser.forward(torch.from_numpy(field[:, :128, :128].astype(np.float32)))[None]
+    given = torch.zeros(1, 3, dtype=torch.bool)
+    given[0, chromatin] = True
+    with torch.no_grad():
+        mean = run.method.translate(x * given[..., None, None], given, run.panel.indices(run.panel.proteins)).mean[0]
+    want = run.normaliser.select(run.panel.indices(run.panel.proteins)).inverse(mean).numpy()
+    got = predict_image(run, field[:, :128, :128], run.panel.markers)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-2)
+
+
+def test_channels_are_found_by_name_and_only_the_sources_matter(trained_run, field):
+    run = opened(trained_run, TRANSLATOR)
+    want = predict_image(run, field, run.panel.markers, markers=["P2", "P1"])
+    place = run.panel.index("DNA")
+    alone = predict_image(run, field[[place]], ["dna"], markers=["P2", "P1"])
+    mixed = predict_image(run, np.stack([field[0], field[place], field[2] * 3]), ["x", "DNA", "P1"])
+    np.testing.assert_array_equal(alone, want)
+    np.testing.assert_array_equal(mixed[::-1], want)
+    from_both = predict_image(run, field, run.panel.markers, sources=["DNA", "P1"], markers=["P2"])
+    assert np.abs(from_both[0] - want[0]).max() > 0
+
+
+def test_what_cannot_be_predicted_is_refused(trained_run, field):
+    run = opened(trained_run, TRANSLATOR)
+    with pytest.raises(InputError, match="the image has no DNA, which the prediction starts from; it has P1"):
+        predict_image(run, field[1:2], ["P1"])
+    with pytest.raises(InputError, match=r"shape \(3, 131, 150\) is not \(C, Y, X\) with the 1 channels"):
+        predict_image(run, field, ["DNA"])
+    with pytest.raises(InputError, match="no marker 'P9'"):
+        predict_image(run, field, run.panel.markers, markers=["P9"])
+    with pytest.raises(InputError, match="apollo predicts crops of 16 px alone"):
+        predict_image(trained_run, field, run.panel.markers)
