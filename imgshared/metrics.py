@@ -70,7 +70,7 @@ def spectral_ratio(real: Floats, predicted: Floats, finest: float = 8.0) -> NDAr
 
 
 def kernel_distance(real: ArrayLike, predicted: ArrayLike) -> float:
-    """Kernel distance of two sets of features, (n, D) and (m, D), a row a cell; 0 where both come from one distribution.
+    """Kernel distance of two sets of features, (n, D) and (m, D), a row a cell; 0 where they are of one distribution.
 
     The unbiased squared maximum mean discrepancy under the kernel ``(x.y / D + 1)^3``: KID (Binkowski et al. 2018) with
     whatever extractor made the features. Unbiased, so it may fall below 0.

@@ -6,9 +6,8 @@ One run measures, in turn and repeatedly, plain float32 in the default memory fo
 (channels_last, and bf16 where the hardware has it): 128-pixel crops, stage 1 of `configs/apollo_published.yaml`, four
 decoders, batch 64, one protein a cell. Beside them, in the same rounds, `configs/translator.yaml`: as it stands, in
 float32, with each of its costlier terms, and predicting. Then it trains from a store of random crops and measures how
-long a step waits
-for its batch, with the crops in memory and streamed from disk; and how the time of the free latents' step depends on
-the number of cells. Figures are medians; read the ratios.
+long a step waits for its batch, with the crops in memory and streamed from disk; and how the time of the free latents'
+step depends on the number of cells. Figures are medians; read the ratios.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def main() -> None:
     print("\nlow against high dose, rows B and F, AUROC\n\n" + markdown(rows))
 
 
-def prepared(data: Path, out: Path) -> Path:
+def prepared(data: Path, out: Path, *overrides: str) -> Path:
     """Write the manifest with the dose in words, and prepare the store once."""
     store, manifest = out / "cells.zarr", out / "manifest.csv"
     if not store.exists():
@@ -48,7 +48,7 @@ def prepared(data: Path, out: Path) -> Path:
         dose = pd.cut(wells["dose_index"], [-1, 2, 6, 10], labels=["low", "middle", "high"])
         out.mkdir(parents=True, exist_ok=True)
         wells.assign(dose=dose).to_csv(manifest, index=False)
-        config = load(PrepareConfig, ROOT / "configs" / "prepare_bbbc013.yaml")
+        config = load(PrepareConfig, ROOT / "configs" / "prepare_bbbc013.yaml", overrides)
         print(imgshared.prepare(manifest, store, console=Console(), config=config))
     return store
 

@@ -42,14 +42,15 @@ def main() -> None:
     print(markdown(summary(table)))
 
 
-def prepared(data: Path, out: Path) -> Path:
+def prepared(data: Path, out: Path, *overrides: str) -> Path:
     """Write a manifest of the four regions and prepare the store once."""
     store, manifest = out / "cells.zarr", out / "manifest.csv"
     if not store.exists():
         out.mkdir(parents=True, exist_ok=True)
         rows = [{"image": data / f"{r}.ome.tif", "mask": data / f"{r}_cells.tif", "group": r} for r in REGIONS]
         pd.DataFrame(rows).to_csv(manifest, index=False)
-        config = load(PrepareConfig, ROOT / "configs" / "prepare_imc_spleen.yaml", [f"cells={data / 'cells.csv'}"])
+        settings = [f"cells={data / 'cells.csv'}", *overrides]
+        config = load(PrepareConfig, ROOT / "configs" / "prepare_imc_spleen.yaml", settings)
         print(imgshared.prepare(manifest, store, console=Console(), config=config))
     return store
 

@@ -30,7 +30,7 @@ from imgshared.prediction import Run, predict_cells
 
 TERMS = {
     "shared": 0.1,
-    "adversarial": 0.004,
+    "adversarial": 0.005,
     "patch_nce": 0.001,
     "cycle": 0.05,
     "identity": 0.05,
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cells", type=int, default=2400)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument(
         "--record", type=Path, default=None, help="JSON to write (default: OUT/translator_simulated.json)"
     )

@@ -4,15 +4,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from imgshared.build import build_method
 from imgshared.config import (
+    ApolloConfig,
+    CutConfig,
+    CycleGanConfig,
     EvaluateConfig,
     Experiment,
+    LinearConfig,
+    MvaeConfig,
+    Pix2pixConfig,
     PredictConfig,
     PrepareConfig,
+    RegressionConfig,
     SegmentConfig,
     SimulateConfig,
+    TranslatorConfig,
     dump,
     keys,
     load,
@@ -26,6 +35,7 @@ from imgshared.types import Batch, InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DATA = "data=cells.zarr"
+TRANSLATOR = ["method.name=translator"]
 
 
 @pytest.mark.parametrize(
@@ -44,6 +54,19 @@ DATA = "data=cells.zarr"
         (Experiment, [DATA, "train.precision=fp16"], "train.precision = 'fp16': Input should be 'auto', "),
         (Experiment, [DATA, "method.channels=[8,a]"], "method.channels.1 = 'a': Input should be a valid integer"),
         (Experiment, [DATA, "method.name=apolo"], "method.name = 'apolo' is none of apollo, translator"),
+        (Experiment, [DATA, "method.name=[1]"], "method.name = '[1]' is none of apollo, translator"),
+        (Experiment, [DATA, *TRANSLATOR, "method.weights.ful=1"],
+         "unknown key 'method.weights.ful'. Did you mean 'method.weights.full'?"),
+        (Experiment, [DATA, *TRANSLATOR, "method.weights.full=-1"],
+         "method.weights.full = -1: Input should be greater than or equal to 0"),
+        (Experiment, [DATA, *TRANSLATOR, "method.hide=2"], "method.hide = 2: Input should be less than or equal to 1"),
+        (Experiment, [DATA, *TRANSLATOR, "method.head=cauchy"], "method.head = 'cauchy': Input should be 'mean', "),
+        (Experiment, [DATA, *TRANSLATOR, "method.weights=1"], "method.weights = 1: Input should be a dictionary"),
+        (Experiment, [DATA, "method.weights.full=1"], "unknown key 'method.weights'"),
+        (Experiment, [DATA, "method.name=cut", "method.nce_wait=1"],
+         "unknown key 'method.nce_wait'. Did you mean 'method.nce_weight'?"),
+        (Experiment, [DATA, "train.ema=1"], "train.ema = 1: Input should be less than 1"),
+        (Experiment, [DATA, "train.balance=panel"], "train.balance = 'panel': Input should be 'cells' or 'panels'"),
         (Experiment, [DATA, "split.val=2"], "split.val = 2: Input should be less than 1"),
         (Experiment, [DATA, "split.val=[yes]"], "split.val.0 = True: Input should be a valid string"),
         (Experiment, [DATA, "seed"], "'seed' is not key=value"),
@@ -104,6 +127,33 @@ def test_numbers_as_people_write_them(tmp_path):
     assert load(Experiment, path, ["split.val=1e-1"]).split.val == 0.1
 
 
+def test_methods_are_told_apart_by_name():
+    assert load(Experiment, None, [DATA]).method == ApolloConfig()
+    assert load(Experiment, None, [DATA, "method.lr_latent=3"]).method == ApolloConfig(lr_latent=3)  # without a name
+    for kind in (
+        LinearConfig,
+        RegressionConfig,
+        Pix2pixConfig,
+        CutConfig,
+        CycleGanConfig,
+        MvaeConfig,
+        TranslatorConfig,
+    ):
+        name = kind().name
+        assert load(Experiment, None, [DATA, f"method.name={name}"]).method == kind()
+        experiment = validate(Experiment, {"data": "x", "method": kind()}, "test")
+        assert experiment.method == kind()
+        assert validate(Experiment, yaml.safe_load(dump(experiment)), "test") == experiment
+
+
+def test_a_mistake_in_one_method_is_not_answered_with_the_keys_of_another():
+    with pytest.raises(InputError) as error:
+        load(Experiment, None, [DATA, *TRANSLATOR, "method.encoder_epochs=3", "method.shared_dim=3"])
+    lines = str(error.value).splitlines()
+    assert len(lines) == 2
+    assert all("apollo" not in line and "Did you mean 'method.shared_dim'" not in line for line in lines)
+
+
 def test_names_stay_text():
     split = load(Experiment, None, [DATA, "split.val=[7,G1,1e5,'08']", "split.by=3"]).split
     assert split.val == ("7", "G1", "1e5", "08")
@@ -128,6 +178,12 @@ def test_overrides_win_over_the_file_and_reach_into_sections(tmp_path):
         validate(Experiment, {"data": "x", "split": {"test": ["1e5", "µ"]}, "method": {"lr_latent": "2e-5"}}, "test"),
         PrepareConfig(aliases={"LaminB1": ("LMNB1", "1")}, pixel_size_um=0.25, segment=SegmentConfig(smooth="0.5 um")),
         SimulateConfig(cells=10),
+        validate(
+            Experiment,
+            {"data": "x", "method": {"name": "translator", "weights": {"cycle": "1e-1"}, "head": "laplace"}},
+            "test",
+        ),
+        validate(Experiment, {"data": "x", "method": {"name": "cut", "source": "P1"}, "train": {"ema": 0.9}}, "test"),
         PredictConfig(markers=("P1",)),
         EvaluateConfig(labels=("drug",)),
     ],
@@ -141,6 +197,8 @@ def test_dump_is_read_back(tmp_path, config):
 def test_keys_are_dotted_and_complete():
     found = set(keys(Experiment))
     assert {"data", "split", "split.by", "method.lr_latent", "train.batch_size"} <= found
+    assert {"method.weights.patch_nce", "method.sigmas", "train.balance"} <= found
+    assert "method.weights.patch_nce" not in set(keys(Experiment, chosen={"cut"}))
     assert "segment.smooth" in set(keys(PrepareConfig))
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.ndimage import gaussian_filter
 from sklearn.metrics import balanced_accuracy_score, r2_score, roc_auc_score
 
 from imgshared import metrics
@@ -33,6 +34,67 @@ def test_ssim_is_one_for_itself_and_sees_brightness():
     image = rng.random((2, 16, 16)).astype(np.float32)
     np.testing.assert_allclose(metrics.ssim(image, image), 1)
     assert (metrics.ssim(image, image * 0.2) < 0.6).all()
+
+
+def test_spectral_ratio_closed_forms():
+    image = gaussian_filter(rng.random((4, 32, 24)), (0, 1, 1))
+    np.testing.assert_allclose(metrics.spectral_ratio(image, image), 1)
+    np.testing.assert_allclose(metrics.spectral_ratio(image, 0.5 * image + 3), 0.25)  # a power; the mean is removed
+    blurred = gaussian_filter(image, (0, 2, 2))
+    assert (metrics.spectral_ratio(image, blurred) < 0.2).all()
+    noisy = image + rng.normal(0, image.std(), image.shape)
+    assert (metrics.spectral_ratio(image, noisy) > 1.5).all()
+    assert np.isnan(metrics.spectral_ratio(np.ones((1, 16, 16)), image[:1, :16, :16])).all()
+    assert metrics.spectral_ratio(image[:1], np.ones((1, 32, 24))) == [0]
+
+
+def test_spectral_ratio_is_of_structures_finer_than_asked():
+    y, x = np.mgrid[:64, :64]
+    coarse, fine = np.sin(2 * np.pi * x / 32), np.sin(2 * np.pi * (x + y) / 5)  # 32 and 3.5 px
+    real = (coarse + fine)[None]
+    assert metrics.spectral_ratio(real, (coarse + 0.1 * fine)[None])[0] == pytest.approx(0.01, rel=0.2)
+    assert metrics.spectral_ratio(real, (0.1 * coarse + fine)[None])[0] == pytest.approx(1, rel=0.02)
+    assert metrics.spectral_ratio(real, (0.1 * coarse + fine)[None], finest=64)[0] < 0.6
+
+
+def test_spectral_ratio_against_a_slow_transform():
+    real, predicted = rng.random((1, 10, 12)), rng.random((1, 10, 12))
+    n, m = 10, 12
+    window = np.outer(*[np.sin(np.pi * np.arange(1, k + 1) / (k + 1)) ** 2 for k in (n, m)])
+    power = []
+    for image in (real[0], predicted[0]):
+        weighted, total = (image - image.mean()) * window, 0.0
+        for u in range(n):
+            for v in range(m // 2 + 1):  # the other half mirrors it
+                frequency = np.hypot(min(u, n - u) / n, v / m)
+                wave = np.exp(-2j * np.pi * (u * np.arange(n)[:, None] / n + v * np.arange(m) / m))
+                total += abs((weighted * wave).sum()) ** 2 * (frequency > 1 / 8)
+        power.append(total)
+    assert metrics.spectral_ratio(real, predicted)[0] == pytest.approx(power[1] / power[0])
+
+
+def test_kernel_distance_is_its_double_sum():
+    x, y = rng.normal(0, 1, (6, 3)), rng.normal(0.5, 1, (4, 3))
+
+    def k(a, b):
+        return (sum(p * q for p, q in zip(a, b, strict=True)) / 3 + 1) ** 3
+
+    expected = sum(k(x[i], x[j]) for i in range(6) for j in range(6) if i != j) / 30
+    expected += sum(k(y[i], y[j]) for i in range(4) for j in range(4) if i != j) / 12
+    expected -= 2 * sum(k(a, b) for a in x for b in y) / 24
+    assert metrics.kernel_distance(x, y) == pytest.approx(expected)
+    assert metrics.kernel_distance(y, x) == pytest.approx(expected)
+
+
+def test_kernel_distance_is_unbiased_and_grows_with_the_shift():
+    draws = [metrics.kernel_distance(rng.normal(0, 1, (40, 4)), rng.normal(0, 1, (30, 4))) for _ in range(300)]
+    assert abs(np.mean(draws)) < 4 * np.std(draws) / 300**0.5  # a biased one would be above 0
+    x, y = rng.normal(0, 1, (400, 4)), rng.normal(0, 1, (400, 4))
+    found = [metrics.kernel_distance(x, y + shift) for shift in (0, 0.5, 1, 2)]
+    assert abs(found[0]) < 0.1
+    assert found == sorted(found)
+    assert found[1] > 5 * abs(found[0])
+    assert metrics.kernel_distance(x, 2 * y) > 5 * abs(found[0])  # a wider spread is another distribution
 
 
 def test_scores_match_independent_references():

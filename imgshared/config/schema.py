@@ -123,7 +123,7 @@ class Experiment:
     data: Path
     seed: int = 0
     markers: tuple[str, ...] | None = None  # None: all of the store's
-    unstained: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # learn as if groups lacked a marker
+    unstained: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # as if groups lacked a marker
     split: SplitConfig = dataclasses.field(default_factory=SplitConfig)
     normalise: NormaliseConfig = dataclasses.field(default_factory=NormaliseConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)

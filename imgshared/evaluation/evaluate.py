@@ -33,6 +33,7 @@ from imgshared.evaluation.labels import (
 from imgshared.evaluation.probes import probe
 from imgshared.evaluation.report import Shown, write_report
 from imgshared.prediction import Run, predict_cells
+from imgshared.prediction.types import PredictedCells
 from imgshared.types import InputError
 
 FLOOR_CELLS = 2000  # training cells for the floors where nothing else asks for more
@@ -113,6 +114,7 @@ def evaluate(
     _check_columns(store.obs, config)
     parts = run.split.assign(store.obs)
     config = _resolve(config, store.obs[parts == "test"])
+    bound = [c for c in run.method.sources or () if c != panel.chromatin_index]
     test_cells = _sample(parts, "test", config.max_cells, config.seed, run, store)
     wide = config.train_on == "train" or bool(config.labels or config.factors)
     limit = config.max_cells if wide else min(FLOOR_CELLS, config.max_cells)
@@ -122,7 +124,7 @@ def evaluate(
     by_features = bool(config.labels) and "features" in config.classifiers
     on_train = config.train_on == "train"
 
-    make = partial(predict, run, store)
+    make = partial(_predict, partial(predict, run, store), bound)
     floors = Floors(len(panel), panel.chromatin_index, seed=config.seed)
     gather = partial(collect, make, store, panel)
     train = gather(
@@ -160,6 +162,11 @@ def evaluate(
         notes.insert(
             0, f"One value of {config.group!r} is held out: no interval can be given, verdicts rest on it alone"
         )
+    if bound:
+        names = ", ".join(panel.markers[c] for c in run.method.sources or ())
+        notes.insert(
+            0, f"Predicted from {names}, which are not judged; read {names} for {panel.chromatin} as the source"
+        )
     if store.data_hash != run.contract.data_hash:
         notes.insert(
             0, f"{store.path} is not the store that trained the model; its groups are told apart by name alone"
@@ -185,6 +192,14 @@ def evaluate(
     _write(out / "metrics.json", lambda path: path.write_text(json.dumps(plain, indent=1) + "\n"))
     say("report", 1, 1)
     return Evaluation(**tables, cells=cells, probabilities=probabilities, summary=summary, report=report, metrics=plain)
+
+
+def _predict(predict: Predict, bound: list[int], cells: NDArray[np.intp], **wishes: bool) -> PredictedCells:
+    """Predict; a stain that the method is given, and so knows, is none to judge."""
+    done = predict(cells, **wishes)
+    measured = done.measured.copy()
+    measured[:, bound] = False
+    return dataclasses.replace(done, measured=measured)
 
 
 def _resolve(config: EvaluateConfig, held_out: pd.DataFrame) -> EvaluateConfig:
@@ -218,13 +233,14 @@ def _check_labels(train: pd.DataFrame, test: pd.DataFrame, config: EvaluateConfi
 
 
 def _sample(parts: NDArray[np.str_], part: str, limit: int, seed: int, run: Run, store: CellStore) -> NDArray[np.intp]:
-    """Draw at most `limit` cells of a part, all of them with chromatin."""
-    stained = store.measured[:, store.panel.index(run.panel.chromatin)]
+    """Draw at most `limit` cells of a part, all of them with chromatin and the sources that the method is bound to."""
+    needed = list(dict.fromkeys([run.panel.chromatin, *(run.panel.markers[c] for c in run.method.sources or ())]))
+    stained = store.measured[:, store.panel.indices(needed)].all(1)
     cells = np.flatnonzero((parts == part) & stained)
     if not len(cells):
         values = ", ".join(getattr(run.split, part)) or "nothing"
         raise InputError(
-            f"the store has no {part} cell of this run with {run.panel.chromatin}; the run's split by {run.split.by!r} "
+            f"the store has no {part} cell of this run with {', '.join(needed)}; the run's split by {run.split.by!r} "
             f"holds {values} for it. Give the store that the run was trained on, or train with split.{part} set"
         )
     if len(cells) <= limit:

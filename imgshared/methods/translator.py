@@ -183,9 +183,7 @@ class Translator(LatentMethod):
         return Step(batch, stains, encoded, maps, fused, self.network.shared_path(self._noisy(fused)))
 
     def _noisy(self, fused: Maps) -> list[Tensor]:
-        """Sample the experts, or add the configured noise; neither in prediction."""
-        if not self.training:
-            return list(fused.shared)
+        """Sample the experts, or add the configured noise: in training alone."""
         if fused.log_std:
             return [m + s.exp() * torch.randn_like(m) for m, s in zip(fused.shared, fused.log_std, strict=True)]
         noise = self.config.latent_noise

@@ -25,6 +25,7 @@ class Block(nn.Module):
         self.first, self.last = (nn.Conv2d(width, width, 3, 1, 1) for _ in range(2))
         nn.init.kaiming_normal_(self.first.weight, 0.2)
         nn.init.normal_(self.last.weight, std=1e-3)
+        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, Y, X) to the same."""
@@ -103,13 +104,13 @@ class TimmPyramid(nn.Module):
             raise InputError(f"method.backbone: {name} gives no pyramid of features ({error})") from error
         except (IndexError, AssertionError) as error:  # as timm says it of either kind of model
             raise InputError(f"method.channels has {len(channels)} levels, more than {name}: name fewer") from error
-        self.reductions = tuple(self.body.feature_info.reduction())
+        info: Any = self.body.feature_info
+        self.reductions = tuple(info.reduction())
         if not self._takes_any_size(4 * self.reductions[-1], inputs):
             raise InputError(
                 f"method.backbone: {name} takes images of its own size alone: name a convolutional one, e.g. resnet10t"
             )
-        widths = self.body.feature_info.channels()
-        self.project = nn.ModuleList([nn.Conv2d(a, b, 1) for a, b in zip(widths, channels, strict=True)])
+        self.project = nn.ModuleList([nn.Conv2d(a, b, 1) for a, b in zip(info.channels(), channels, strict=True)])
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """As `ConvPyramid.forward`."""

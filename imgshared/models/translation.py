@@ -142,7 +142,7 @@ class Head(nn.Module):
     """Maps at 1 / `reduction` of the resolution to an image.
 
     A 3x3 convolution under the marker's condition; a 1x1 one of the marker's own, to full resolution; and a last 3x3
-    one that all share, which smooths what pixels of one coarse place would otherwise do each on its own (checkerboards).
+    one that all share, which smooths what the pixels of one coarse place would otherwise do each on its own.
     """
 
     FINE = 4  # channels at full resolution

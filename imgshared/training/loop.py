@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Position:
     smooth: float = math.nan  # exponential mean of the loss without its adversarial terms
     smooth_first: float = math.nan
     smooth_best: float = math.inf
+    terms: list[str] = field(default_factory=list)  # that the loss has had so far
 
 
 class Diverged(InputError):
@@ -98,6 +99,8 @@ class Trainer:
         cells = {part: (split.assign(store.obs) == part).nonzero()[0] for part in ("train", "val")}
         self._stained = torch.from_numpy(measured[cells["train"]])
         method.prepare(self._stained, mix(experiment.seed, 1))
+        if method.tables and self.config.balance == "panels":
+            raise InputError("train.balance=panels may draw a cell twice at once, which free latents cannot: use cells")
         begin_run(experiment, run, resume, self.fabric)  # after all that may refuse the configuration
         if self.fabric.is_global_zero:
             (run / "contract.json").write_text(json.dumps(self.contract.to_dict(), indent=2) + "\n")
@@ -211,6 +214,9 @@ class Trainer:
         at = self.position
         steps, cells_per_s, values = meter.take(self.fabric)
         self._last = values
+        if not values.keys() <= set(at.terms):  # the sum of more terms is another measure
+            at.terms = sorted({*at.terms, *values})
+            at.smooth, at.smooth_first, at.smooth_best = math.nan, math.nan, math.inf
         loss = values["loss"] - sum(v for name, v in values.items() if name == "adversarial")
         at.smooth = loss if math.isnan(at.smooth) else 0.9 * at.smooth + 0.1 * loss
         at.smooth_first = at.smooth if math.isnan(at.smooth_first) else at.smooth_first
@@ -275,7 +281,8 @@ class Trainer:
         some = slice(None, None, max(1, len(val) // CELLS))
         feed = replace(val, cells=val.cells[some], stained=None, residency="memory", rank=0, world=1)
         images = next(feed.once(CELLS)) if len(val) else None
-        return Watch(images, self.method.sources or (panel.chromatin_index,), panel, samples_path(self.run))
+        folder = samples_path(self.run) if self.fabric.is_global_zero else None
+        return Watch(images, self.method.sources or (panel.chromatin_index,), panel, folder)
 
     def _waited_enough(self, stage: Stage) -> bool:
         return stage.monitored and self.position.waited >= self.config.patience

@@ -27,16 +27,17 @@ class Watch:
     Parameters
     ----------
     batch
-        Held-out cells; those without the sources are left out; None: nothing is watched.
+        Held-out cells; None: nothing is watched. Those that show the sources are translated; where a stain is only
+        known of other cells (unpaired learning), its real spread is theirs.
     sources
         Channels to translate from.
     panel
         The model's.
     folder
-        Where the pictures go.
+        Where the pictures go; None: nowhere.
     """
 
-    def __init__(self, batch: Batch | None, sources: Sequence[int], panel: Panel, folder: Path) -> None:
+    def __init__(self, batch: Batch | None, sources: Sequence[int], panel: Panel, folder: Path | None) -> None:
         self.sources, self.panel, self.folder, self.targets = list(sources), panel, folder, list[int]()
         if batch is None:
             return
@@ -44,9 +45,13 @@ class Watch:
         self._real, self._measured = batch.images[whole], batch.measured[whole]
         self._given = torch.zeros_like(self._measured)
         self._given[:, list(sources)] = True
-        # The spread between cells needs two of them.
-        stained = self._measured.sum(0)
-        self.targets = [c for c in range(len(panel)) if c not in sources and stained[c] > 1]
+        self._spread: dict[int, float] = {}
+        for c in (c for c in range(len(panel)) if c not in sources and len(whole) > 1):
+            paired = self._measured[:, c]
+            real = self._real[paired, c] if paired.sum() > 1 else batch.images[batch.measured[:, c], c]
+            if len(real) > 1 and (spread := float(real.float().std(0).mean())) > 0:  # it needs two cells
+                self._spread[c] = spread
+        self.targets = list(self._spread)
 
     @torch.no_grad()
     def look(self, method: Method, step: int) -> tuple[dict[str, float], NDArray[np.uint8] | None]:
@@ -61,15 +66,17 @@ class Watch:
         spread = {}
         for t, target in enumerate(self.targets):
             rows = self._measured[:, target]
-            real = self._real[rows, target].float().std(0).mean()
-            spread[f"diversity/{self.panel.markers[target]}"] = float(predicted[rows, t].std(0).mean() / real)
+            rows = rows if rows.sum() > 1 else torch.ones_like(rows)
+            ours = float(predicted[rows, t].std(0).mean())
+            spread[f"diversity/{self.panel.markers[target]}"] = ours / self._spread[target]
         picture = self._draw(predicted)
-        self.folder.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(self.folder / f"{step:07d}.png")
+        if self.folder is not None:
+            self.folder.mkdir(exist_ok=True)
+            Image.fromarray(picture).save(self.folder / f"{step:07d}.png")
         return spread, picture
 
     def _draw(self, predicted: Tensor) -> NDArray[np.uint8]:
-        """Draw a row a cell: the sources, then real and predicted of each stain at one contrast."""
+        """Draw a row a cell: the sources, then real (black where not measured) and predicted at one contrast."""
         rows = _spaced(self._measured[:, self.targets], SHOWN)
         columns: list[tuple[str, Tensor]] = [(self.panel.markers[c], self._real[rows, c]) for c in self.sources]
         for t, target in list(enumerate(self.targets))[:STAINS]:

@@ -79,6 +79,63 @@ def test_ranks_share_each_batch_without_overlap(toy):
     assert once.sort().values.equal(torch.arange(70))
 
 
+THREE = np.ones((70, 2), bool)  # panels of 6, 14 and 50 cells
+THREE[:6, 0] = THREE[6:20, 1] = False
+
+
+def panels(batch):
+    return [int((batch.measured == torch.tensor(p)).all(1).sum()) for p in ([False, True], [True, False], [True, True])]
+
+
+def test_balanced_panels_take_turns_in_every_batch(toy):
+    balanced = feed(toy, balance="panels", stained=THREE)
+    assert balanced.steps == feed(toy).steps == 4
+    seen = []
+    for epoch in range(3):
+        for batch in balanced.epoch(epoch):
+            counts = panels(batch)
+            assert sum(counts) == 16
+            assert max(counts) - min(counts) <= 1
+            assert not batch.images[~batch.measured].any()
+            seen.append(batch.index)
+    index = torch.cat(seen)
+    counts = torch.bincount(index, minlength=70)
+    assert (
+        counts[:6].min() >= 9
+    )  # a panel of 6 cells fills 64 of 192 places: 10 or 11 each, but for the end of an epoch
+    assert counts[20:].max() <= 3  # a large one never shows a cell twice in an epoch
+
+
+def test_a_panel_without_repeats_is_drawn_without_repeats(toy):
+    halves = np.ones((70, 2), bool)
+    halves[::2, 0] = False
+    index = torch.cat([b.index for b in feed(toy, balance="panels", stained=halves).epoch(2)])
+    assert len(index.unique()) == len(index) == 64
+    one = torch.cat([b.index for b in feed(toy, balance="panels", stained=np.ones((70, 2), bool)).epoch(2)])
+    assert len(one.unique()) == 64
+
+
+def test_balanced_batches_are_a_function_of_seed_and_epoch(toy):
+    settings = {"balance": "panels", "stained": THREE}
+    first = list(feed(toy, **settings).epoch(4))
+    assert_equal(first, list(feed(toy, **settings).epoch(4)))
+    assert_equal(first[2:], list(feed(toy, residency="stream", **settings).epoch(4, 2)))
+    assert not torch.equal(first[0].index, next(feed(toy, **settings).epoch(5)).index)
+    assert not torch.equal(first[0].index, next(feed(toy, seed=6, **settings).epoch(4)).index)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_the_shares_of_the_ranks_are_disjoint_and_balanced_too(toy, world):
+    settings = {"balance": "panels", "stained": THREE, "batch_size": 24}
+    alone = list(feed(toy, **settings).epoch(1))
+    ranks = [list(feed(toy, rank=r, world=world, **settings).epoch(1)) for r in range(world)]
+    for step, batch in enumerate(alone):
+        shares = [ranks[r][step] for r in range(world)]
+        assert torch.cat([share.index for share in shares]).equal(batch.index)
+        for share in shares:
+            assert max(panels(share)) - min(panels(share)) <= 1
+
+
 def test_once_yields_all_cells_in_order(toy):
     for residency in ("device", "memory", "stream"):
         index = torch.cat([b.index for b in feed(toy, residency=residency).once(16)])

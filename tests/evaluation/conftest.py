@@ -126,5 +126,10 @@ def run(tmp_path):
     split = Split("group", tuple(donors[:6]), tuple(donors[6:8]), tuple(donors[8:]))
     contract = SimpleNamespace(data_hash="of another store")
     return SimpleNamespace(
-        path=path, experiment=Experiment(data="cells.zarr"), panel=PANEL, split=split, contract=contract
+        path=path,
+        experiment=Experiment(data="cells.zarr"),
+        panel=PANEL,
+        split=split,
+        contract=contract,
+        method=SimpleNamespace(sources=None),
     )

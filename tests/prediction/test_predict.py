@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import io
 import shutil
 
 import anndata
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+import yaml
+from rich.console import Console
 
 from imgshared import api
-from imgshared.config import PredictConfig
+from imgshared.config import Experiment, PredictConfig, dump, validate
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore, StoreWriter
 from imgshared.prediction import load_run, predict, predict_cells
@@ -119,7 +122,99 @@ def test_sources(trained_run, toy, tmp_path):
     np.testing.assert_allclose(both.shared["sources"], (dna.shared["DNA"] + dna.shared["P1"]) / 2, **CLOSE)
     assert not np.allclose(dna.images["predicted"], p1.images["predicted"])
     out = predict(trained_run, toy, tmp_path / "p.zarr", PredictConfig(sources=("P1", "DNA")))
-    assert CellStore(out).info["sources"] == ["P1", "DNA"]
+    assert set(CellStore(out).info["sources"]) == {"P1", "DNA"}
+
+
+@pytest.fixture(scope="module")
+def bound(tiny, tmp_path_factory):
+    """regression from P1 and DNA, with a scale; it has no latents."""
+    settings = {"channels": [4, 8], "epochs": 2, "sources": ["P1", "DNA"], "error": "laplace"}
+    return train_tiny(tiny, tmp_path_factory, {"name": "regression", **settings})
+
+
+@pytest.fixture(scope="module")
+def translator(tiny, tmp_path_factory):
+    """translator with a Gaussian head."""
+    settings = {"channels": [4, 6], "marker_dim": 3, "epochs": 2, "head": "gaussian"}
+    return train_tiny(tiny, tmp_path_factory, {"name": "translator", **settings})
+
+
+def train_tiny(tiny, tmp_path_factory, method, **more):
+    plan = yaml.safe_load(dump(tiny)) | {"method": method} | more
+    out = tmp_path_factory.mktemp("tiny") / "run"
+    return api.train(validate(Experiment, plan, "tiny"), out=out, console=Console(file=io.StringIO()))
+
+
+def test_a_method_bound_to_its_sources_predicts_from_them_and_no_others(bound, toy, tmp_path, arrays, write_store):
+    for wrong in (["DNA"], ["P1"], ["P1", "DNA", "P2"], ["P2"]):
+        with pytest.raises(InputError) as refused:
+            predict(bound, toy, tmp_path / "p.zarr", PredictConfig(sources=tuple(wrong)))
+        assert f"regression predicts from P1, DNA, as it was trained, not from {', '.join(wrong)}" in str(refused.value)
+        assert "train with other method.sources" in str(refused.value)
+    assert not list(tmp_path.iterdir())
+    ours = predict_cells(bound, toy)
+    for named in (["DNA", "P1"], ["P1", "DNA", "P1"]):
+        np.testing.assert_array_equal(
+            predict_cells(bound, toy, sources=named).images["predicted"], ours.images["predicted"]
+        )
+    assert set(CellStore(predict(bound, toy, tmp_path / "p.zarr")).info["sources"]) == {"P1", "DNA"}
+    images, measured, masks, obs = arrays
+    measured[:3, 1] = False
+    lacking = CellStore(write_store(tmp_path / "o.zarr", images, measured, masks, obs))
+    with pytest.raises(InputError, match=r"3 cells lack some of the sources measured \(DNA, P1\)"):
+        predict_cells(bound, lacking)
+
+
+def test_a_method_without_latents_writes_images_alone(bound, toy, tmp_path):
+    data = anndata.read_zarr(predict(bound, toy, tmp_path / "p.zarr"))
+    assert set(data.obsm) == {"predicted_images", "spatial"}
+    cells = predict_cells(bound, toy)  # full and shared are asked for by default
+    assert set(cells.images) == {"predicted"}
+    assert cells.shared == cells.specific == {}
+    for wish in ("full", "shared"):
+        with pytest.raises(InputError, match=f"{wish}=true: regression has no latents to rebuild a stain from"):
+            predict(bound, toy, tmp_path / "q.zarr", PredictConfig(**{wish: True}))
+    assert [p.name for p in tmp_path.iterdir()] == ["p.zarr"]
+
+
+@pytest.mark.parametrize("method", ["bound", "translator"])
+def test_the_scale_is_written_in_raw_units(method, toy, tmp_path, request):
+    run = request.getfixturevalue(method)
+    out = predict(run, toy, tmp_path / "p.zarr", PredictConfig(scale=True, markers=("P2",), batch_size=17))
+    scale = anndata.read_zarr(out).obsm["predicted_scale"]
+    cells = predict_cells(run, toy)
+    assert (cells.scale > 0).all()
+    assert cells.scale.shape == cells.images["predicted"].shape == (80, 3, 16, 16)
+    width = run.normaliser.high[2] - run.normaliser.low[2]  # linear: a deviation is stretched, not moved
+    np.testing.assert_allclose(scale[:, 0], cells.scale[:, 2] * width, rtol=1e-2, atol=1e-3 * width)
+    assert scale.dtype == np.float32
+    assert "predicted_scale" not in anndata.read_zarr(predict(run, toy, tmp_path / "q.zarr")).obsm
+
+
+def test_the_scale_follows_the_slope_of_the_normaliser(tiny, tmp_path_factory, toy, tmp_path):
+    method = {"name": "translator", "channels": [4, 6], "marker_dim": 3, "epochs": 1, "head": "laplace"}
+    run = train_tiny(tiny, tmp_path_factory, method, normalise={"transform": "arcsinh"})
+    out = predict(run, toy, tmp_path / "p.zarr", PredictConfig(scale=True))
+    cells, found = predict_cells(run, toy), anndata.read_zarr(out).obsm["predicted_scale"]
+    low, high = (np.array(getattr(run.normaliser, b))[1:, None, None] for b in ("low", "high"))
+    mean, scale = cells.images["predicted"][:, 1:], cells.scale[:, 1:]
+    up, down = (np.sinh((mean + sign * scale) * (high - low) + low) * 5 for sign in (1, -1))
+    np.testing.assert_allclose(found, (up - down) / 2, rtol=1e-3)
+
+
+def test_a_scale_is_refused_where_there_is_none(trained_run, toy, tmp_path):
+    with pytest.raises(InputError, match=r"scale=true: this apollo predicts no spread; train with method.head=laplace"):
+        predict(trained_run, toy, tmp_path / "p.zarr", PredictConfig(scale=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_translators_latents_are_written(translator, toy, tmp_path):
+    data = anndata.read_zarr(predict(translator, toy, tmp_path / "p.zarr", PredictConfig(full=True, sources=("P1",))))
+    widths = translator.method.network.widths
+    assert data.obsm["X_shared"].shape == (80, sum(widths))
+    assert data.obsm["X_P2"].shape == (80, 4 + 6 - sum(widths))
+    assert np.isnan(data.obsm["X_P2"]).all(1).tolist() == (~toy.measured[:, 2]).tolist()
+    assert not data.obsm["full_images"][~toy.measured[:, 2], 1].any()
 
 
 def test_cells_without_any_source_are_refused(trained_run, toy, tmp_path):

@@ -1,0 +1,50 @@
+"""The evaluation of a method that has no latents: nothing rebuilt, nothing probed, everything else."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from imgshared import api
+from imgshared.config import EvaluateConfig, Experiment, dump, validate
+from imgshared.data.store import CellStore
+from imgshared.evaluation.evaluate import evaluate
+
+
+@pytest.mark.parametrize("method", [{"name": "regression", "channels": [4, 8], "epochs": 1}, {"name": "linear"}])
+def test_a_method_without_latents_is_judged(
+    method: dict[str, object], tiny: Experiment, toy: CellStore, tmp_path: Path
+) -> None:
+    plan = yaml.safe_load(dump(tiny)) | {"method": method}
+    run = api.train(validate(Experiment, plan, "tiny"), out=tmp_path / "run", console=Console(file=io.StringIO()))
+    found = evaluate(run, toy, tmp_path / "out", EvaluateConfig(labels=("label",), factors=("size",), bootstrap=100))
+    assert set(found.fidelity["prediction"]) == {"predicted", "linear", "marker_mean"}
+    assert set(found.fidelity["marker"]) == {"P1", "P2"}
+    assert set(found.classifiers["input"]) == {"real", "predicted", "chromatin"}
+    assert found.probes.empty
+    assert found.metrics["probes"] == []
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert 'id="latents"' not in html
+    assert str(method["name"]) in html
+
+
+def test_a_stain_that_the_method_is_given_is_none_to_judge(
+    tiny: Experiment, arrays: Any, write_store: Callable[..., Path], tmp_path: Path
+) -> None:
+    images, measured, masks, obs = arrays
+    measured[70:75, 1] = False  # without one of the sources
+    store = CellStore(write_store(tmp_path / "cells.zarr", images, measured, masks, obs))
+    method = {"name": "regression", "channels": [4, 8], "epochs": 1, "sources": ["DNA", "P1"]}
+    plan = yaml.safe_load(dump(tiny)) | {"method": method, "data": str(store.path)}
+    run = api.train(validate(Experiment, plan, "tiny"), out=tmp_path / "run", console=Console(file=io.StringIO()))
+    found = evaluate(run, store, tmp_path / "out", EvaluateConfig(labels=("label",), bootstrap=100))
+    for table in (found.stains, found.fidelity, found.classifiers, found.cells):
+        assert set(table["marker"]) == {"P2"}
+    assert found.metrics["cells_used"]["test"] == 11
+    assert "Predicted from DNA, P1, which are not judged" in (tmp_path / "out" / "report.html").read_text()

@@ -1,0 +1,397 @@
+"""The translator's terms against their formulas, written out cell by cell, and what each computes and moves."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imgshared import losses
+from imgshared.config import TranslatorConfig, TranslatorWeights
+from imgshared.data.panel import Panel
+from imgshared.methods import translator
+from imgshared.methods.translator import Translator
+from imgshared.models.pyramid import pool_to_middle
+from imgshared.types import Batch
+
+DNA, SIDE = 1, 16
+OFF = TranslatorWeights(**{f.name: 0.0 for f in fields(TranslatorWeights)})
+SMALL = TranslatorConfig(
+    channels=(4, 6),
+    shared_fraction=0.5,
+    marker_dim=3,
+    visible_proteins=None,
+    hidden_proteins=None,
+    chromatin_only=1.0,
+    hide=0.0,
+    discriminator_channels=(4, 5),
+)
+ALL_VISIBLE = {"chromatin_only": 0.0}
+
+
+def three_stains() -> Tensor:
+    """DNA in all of 20 cells, P0 in 12 of them, P2 in 5 of the others."""
+    measured = torch.zeros(20, 3, dtype=torch.bool)
+    measured[:, DNA] = measured[:12, 0] = measured[14:19, 2] = True
+    return measured
+
+
+def two_stains() -> Tensor:
+    """P0 and DNA in 4 cells, DNA alone in 3, P0 alone in 2: what a cell does not show is one stain."""
+    measured = torch.ones(9, 2, dtype=torch.bool)
+    measured[4:7, 0] = measured[7:, DNA] = False
+    return measured
+
+
+def make(measured: Tensor, weights: dict[str, float], **settings: object) -> tuple[Translator, Batch]:
+    torch.manual_seed(0)
+    config = replace(SMALL, weights=replace(OFF, **weights), **settings)  # type: ignore[arg-type]
+    markers = ("P0", "DNA", "P2")[: measured.shape[1]]
+    method = Translator(config, panel=Panel(markers, "DNA"), crop_px=SIDE)
+    with torch.no_grad():
+        for parameter in method.parameters():  # those that start at zero too
+            parameter.normal_(0, 0.8 / max(parameter[0].numel(), 4) ** 0.5)
+    images = torch.rand(*measured.shape, SIDE, SIDE)
+    images[~measured] = torch.nan  # nothing may ever read them
+    method.prepare(measured, seed=0)
+    method.start(method.stages[0])
+    method.turn("generator")
+    return method, Batch(torch.arange(len(measured)), images, measured)
+
+
+# --- the formulas, one stain of one cell at a time ------------------------------------------------------------------
+
+
+def maps(method: Translator, batch: Batch, i: int, c: int) -> translator.Maps:
+    return method.network.encode(batch.images[i : i + 1, c : c + 1], torch.tensor([c]))
+
+
+def fused(method: Translator, batch: Batch, i: int, seen: Sequence[int]) -> list[Tensor]:
+    levels = zip(*[maps(method, batch, i, c).shared for c in seen], strict=True)
+    return [torch.stack(level).mean(0) for level in levels]
+
+
+def draw(method: Translator, shared: Sequence[Tensor], c: int, detail: Tensor | None = None) -> Tensor:
+    return method.network.decode(method.network.shared_path(shared), torch.tensor([c]), (SIDE, SIDE), detail)[0]
+
+
+def visible(method: Translator, batch: Batch, i: int) -> list[int]:
+    own = [c for c in range(batch.measured.shape[1]) if batch.measured[i, c]]
+    return [DNA] if method.config.chromatin_only and DNA in own else own
+
+
+def stains(method: Translator, batch: Batch, hidden: bool = False) -> list[tuple[int, int]]:
+    """(cell, channel) of the visible stains, or of the hidden ones."""
+    every = [(i, c) for i, c in batch.measured.nonzero().tolist()]
+    return [(i, c) for i, c in every if (c in visible(method, batch, i)) != hidden]
+
+
+def mean(values: Sequence[Tensor]) -> float:
+    return torch.stack([v.detach() for v in values]).mean().item()
+
+
+def pooled(levels: Sequence[Tensor]) -> Tensor:
+    return pool_to_middle(levels)[0]
+
+
+def full(m: Translator, b: Batch) -> float:
+    drawn = [
+        draw(m, fused(m, b, i, visible(m, b, i)), c, m.network.own_detail(maps(m, b, i, c).specific))
+        for i, c in stains(m, b)
+    ]
+    return mean([(x - b.images[i, c]).square().mean() for x, (i, c) in zip(drawn, stains(m, b), strict=True)])
+
+
+def predicted(m: Translator, b: Batch, which: list[tuple[int, int]]) -> float:
+    drawn = [draw(m, fused(m, b, i, visible(m, b, i)), c) for i, c in which]
+    return mean([(x - b.images[i, c]).square().mean() for x, (i, c) in zip(drawn, which, strict=True)])
+
+
+def identity(m: Translator, b: Batch) -> float:
+    each = [(draw(m, maps(m, b, i, c).shared, c) - b.images[i, c]).abs().mean() for i, c in stains(m, b)]
+    return mean(each)
+
+
+def norm(m: Translator, b: Batch) -> float:
+    shared = torch.stack([pooled(fused(m, b, i, visible(m, b, i))) for i in range(len(b.index))])
+    specific = torch.stack([pooled(maps(m, b, i, c).specific) for i, c in stains(m, b)])
+    return sum(z.norm(dim=1).mean().item() / z.shape[1] for z in (shared, specific))
+
+
+def agreement(m: Translator, b: Batch) -> float:
+    both = [i for i in range(len(b.index)) if b.measured[i].sum() == 2]
+    one = torch.stack([pooled(maps(m, b, i, DNA).shared) for i in both])
+    other = torch.stack([pooled(maps(m, b, i, 2 - 2 * int(b.measured[i, 0])).shared) for i in both])
+    return (losses.info_nce if m.config.agreement == "infonce" else losses.triplet)(one, other).item()
+
+
+def independence(m: Translator, b: Batch) -> float:
+    measure = losses.hsic if m.config.independence == "hsic" else losses.cross_covariance
+    each = []
+    for c in (0, DNA):  # P2 is measured in five cells: too few to say
+        found = [maps(m, b, i, c) for i in b.measured[:, c].nonzero()[:, 0].tolist()]
+        pair = [torch.stack([pooled(x) for x in side]) for side in zip(*[(f.shared, f.specific) for f in found])]  # noqa: B905
+        each.append(measure(*pair))
+    return mean(each)
+
+
+def kl(m: Translator, b: Batch) -> float:
+    each = []
+    for level in range(2):
+        values = []
+        for i in range(len(b.index)):
+            experts = [maps(m, b, i, c) for c in visible(m, b, i)]
+            precision = [(-2 * e.log_std[level]).exp() for e in experts]
+            total = 1 + sum(precision)
+            centre = sum(e.shared[level] * p for e, p in zip(experts, precision, strict=True)) / total
+            values.append(0.5 * (centre**2 + 1 / total - 1 + total.log()).mean())
+        each.append(mean(values))
+    return sum(each) / 2
+
+
+@pytest.mark.parametrize("seen", [{}, ALL_VISIBLE])
+@pytest.mark.parametrize(
+    ("name", "settings", "formula"),
+    [
+        ("full", {}, full),
+        ("shared", {}, lambda m, b: predicted(m, b, stains(m, b))),
+        ("identity", {}, identity),
+        ("norm", {}, norm),
+        ("agreement", {}, agreement),
+        ("agreement", {"agreement": "triplet"}, agreement),
+        ("independence", {}, independence),
+        ("independence", {"independence": "cross_covariance", "encoders": "marker"}, independence),
+        ("kl", {"fusion": "product"}, kl),
+    ],
+)
+def test_a_term_is_its_formula(
+    name: str, settings: dict[str, str], formula: Callable[[Translator, Batch], float], seen: dict[str, float]
+) -> None:
+    method, batch = make(three_stains(), {name: 0.7}, **settings, **seen)
+    terms = method.loss(batch, "generator")
+    assert set(terms.parts) == {name}
+    assert terms.total.item() == pytest.approx(0.7 * formula(method, batch), rel=1e-4)
+    assert terms.parts[name].item() == terms.total.item()
+
+
+def test_cross_is_the_error_of_what_was_hidden() -> None:
+    method, batch = make(three_stains(), {"cross": 0.7})
+    want = 0.7 * predicted(method, batch, stains(method, batch, hidden=True))
+    assert method.loss(batch, "generator").total.item() == pytest.approx(want, rel=1e-4)
+    method, batch = make(three_stains(), {"cross": 0.7}, **ALL_VISIBLE)
+    total = method.loss(batch, "generator").total  # nothing is hidden
+    assert total.item() == 0
+    total.backward()
+
+
+@pytest.mark.parametrize("head", ["laplace", "gaussian"])
+def test_a_head_with_a_scale_minimises_the_likelihood(head: str) -> None:
+    method, batch = make(three_stains(), {"cross": 1.0}, head=head)
+    each = []
+    for i, c in stains(method, batch, hidden=True):
+        trunk = method.network.shared_path(fused(method, batch, i, [DNA]))
+        m, log_scale = method.network.decode(trunk, torch.tensor([c]), (SIDE, SIDE))
+        assert log_scale is not None
+        kind = torch.distributions.Laplace if head == "laplace" else torch.distributions.Normal
+        each.append(-kind(m, log_scale.exp()).log_prob(batch.images[i, c]).mean())  # type: ignore[no-untyped-call]
+    assert method.loss(batch, "generator").total.item() == pytest.approx(mean(each), rel=1e-4)
+
+
+def fakes(method: Translator, batch: Batch) -> dict[int, tuple[int, int, Tensor]]:
+    """By cell: source, target, translation. Of two markers, the target is the one that is not shown."""
+    out = {}
+    for i in range(len(batch.index)):
+        source = visible(method, batch, i)[0]
+        out[i] = source, 1 - source, draw(method, fused(method, batch, i, [source]), 1 - source)
+    return out
+
+
+def judged(method: Translator, batch: Batch, i: int, c: int, image: Tensor) -> Tensor:
+    assert method.discriminator is not None
+    shown = (
+        torch.cat([batch.images[i : i + 1, DNA : DNA + 1], image], 1)
+        if method.config.discriminator_sees_source
+        else image
+    )
+    return method.discriminator(shown, torch.tensor([c]))
+
+
+@pytest.mark.parametrize("sees_source", [False, True])
+@pytest.mark.parametrize("kind", ["lsgan", "hinge", "bce"])
+def test_both_players_are_scored_on_the_same_translations(
+    kind: str, sees_source: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(translator, "rows_showing", lambda measured, c: measured[:, c].int().argmax(0))  # the first one
+    method, batch = make(
+        two_stains(), {"adversarial": 0.3, "r1": 2.0}, adversarial=kind, discriminator_sees_source=sees_source
+    )
+    expected = {i: f for i, f in fakes(method, batch).items() if f[0] == DNA or not sees_source}
+    assert len(expected) == (7 if sees_source else 9)
+    fake = torch.stack([judged(method, batch, i, t, x) for i, (_, t, x) in expected.items()])
+    goal = {"lsgan": (fake - 1).square(), "hinge": -fake, "bce": -torch.sigmoid(fake).log()}[kind].mean()
+    assert method.loss(batch, "generator").total.item() == pytest.approx(0.3 * goal.item(), rel=1e-4)
+
+    method.turn("discriminator")
+    terms = method.loss(batch, "discriminator")
+    first = {0: 0, 1: 0}  # the first cell that shows each marker
+    real, slopes = [], []
+    for _, target, _ in expected.values():
+        image = batch.images[first[target]][target][None, None].clone().requires_grad_()
+        real.append(judged(method, batch, first[target], target, image))
+        (slope,) = torch.autograd.grad(real[-1].sum(), image, retain_graph=True)
+        slopes.append(0.5 * slope.square().sum())
+    r = torch.stack(real)
+    game = {
+        "lsgan": 0.5 * ((r - 1).square().mean() + fake.square().mean()),
+        "hinge": F.relu(1 - r).mean() + F.relu(1 + fake).mean(),
+        "bce": -0.5 * (torch.sigmoid(r).log().mean() + torch.sigmoid(-fake).log().mean()),
+    }[kind]
+    assert terms.parts["adversarial"].item() == pytest.approx(game.item(), rel=1e-4)
+    assert terms.parts["r1"].item() == pytest.approx(2 * mean(slopes), rel=1e-4)
+    assert terms.total.item() == pytest.approx(game.item() + 2 * mean(slopes), rel=1e-4)
+    middle = 0.5 if kind == "lsgan" else 0.0
+    right = ((r > middle).float().mean() + (fake < middle).float().mean()) / 2
+    assert terms.parts["accuracy"].item() == pytest.approx(right.item())
+
+
+def test_cycle_is_the_source_drawn_from_its_translation() -> None:
+    method, batch = make(two_stains(), {"cycle": 0.7})
+    each = []
+    for i, (source, target, image) in fakes(method, batch).items():
+        again = method.network.encode(image, torch.tensor([target]))
+        each.append((draw(method, again.shared, source) - batch.images[i, source]).abs().mean())
+    assert method.loss(batch, "generator").total.item() == pytest.approx(0.7 * mean(each), rel=1e-4)
+
+
+@pytest.mark.parametrize("negatives", ["image", "batch"])
+def test_patch_nce_finds_each_patch_in_the_source(negatives: str) -> None:
+    method, batch = make(two_stains(), {"patch_nce": 0.7}, negatives=negatives, temperature=0.2, patches=999)
+    assert method.projection is not None
+    found = fakes(method, batch)
+    each = []
+    for level in range(2):
+        mlp = method.projection.levels[level]
+        pairs = []
+        for i, (source, target, image) in found.items():
+            query = method.network.encode(image, torch.tensor([target])).shared[level]
+            key = maps(method, batch, i, source).shared[level]
+            pairs.append([F.normalize(mlp(h[0].flatten(1).T), dim=1) for h in (query, key)])
+        if negatives == "batch":
+            pairs = [[torch.cat(side) for side in zip(*pairs, strict=True)]]
+        each.append(mean([-(q @ k.T / 0.2).log_softmax(1).diagonal().mean() for q, k in pairs]))
+    assert method.loss(batch, "generator").total.item() == pytest.approx(0.7 * sum(each) / 2, rel=1e-4)
+
+
+# --- what is computed, and what moves -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weights", "calls"),  # of encode (and how many stains), shared_path, own_detail, decode and the discriminator
+    [
+        (["cross"], (1, 20, 1, 0, 1, 0)),
+        (["full"], (1, 20, 1, 1, 1, 0)),
+        (["full", "shared", "cross", "norm"], (1, 20, 1, 1, 3, 0)),
+        (["agreement", "independence"], (1, 37, 1, 0, 0, 0)),
+        (["identity"], (1, 20, 2, 0, 1, 0)),
+        (["adversarial"], (1, 20, 1, 0, 1, 1)),
+        (["patch_nce"], (2, 40, 1, 0, 1, 0)),
+        (["cycle"], (2, 40, 2, 0, 2, 0)),
+        (["adversarial", "patch_nce", "cycle"], (2, 40, 2, 0, 2, 1)),
+    ],
+)
+def test_a_term_without_weight_is_not_computed(
+    weights: list[str], calls: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, batch = make(three_stains(), dict.fromkeys(weights, 1.0))
+    seen: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        call = getattr(method.network, name)
+
+        def counted(*args: Tensor) -> object:
+            seen.update({name: 1, f"{name} of": len(args[0])})
+            return call(*args)
+
+        monkeypatch.setattr(method.network, name, counted)
+
+    for name in ("encode", "decode", "own_detail"):
+        count(name)
+    method.network.shared_path.register_forward_hook(lambda *_: seen.update(["shared_path"]))
+    assert (method.discriminator is None) == ("adversarial" not in weights)
+    assert (method.projection is None) == ("patch_nce" not in weights)
+    if method.discriminator:
+        method.discriminator.register_forward_hook(lambda *_: seen.update(["judge"]))
+    assert set(method.loss(batch, "generator").parts) == set(weights)
+    assert tuple(seen[n] for n in ("encode", "encode of", "shared_path", "own_detail", "decode", "judge")) == calls
+
+
+def test_a_term_is_the_same_whatever_else_is_on() -> None:
+    everything = dict.fromkeys(
+        ("full", "shared", "cross", "norm", "identity", "adversarial", "patch_nce", "cycle"), 1.0
+    )
+    whole, batch = make(three_stains(), everything)
+    torch.manual_seed(1)
+    parts = whole.loss(batch, "generator").parts
+    for name in everything:
+        alone, _ = make(three_stains(), {name: 1.0})
+        alone.load_state_dict({k: v for k, v in whole.state_dict().items() if k in alone.state_dict()})
+        torch.manual_seed(1)
+        assert alone.loss(batch, "generator").parts[name].item() == pytest.approx(parts[name].item(), rel=1e-5), name
+
+
+READ = {"encoders", "marker", "conditions"}
+DRAWN = READ | {"shared_path", "absent", "head"}
+
+
+@pytest.mark.parametrize(
+    ("name", "moved"),
+    [
+        ("full", READ | {"shared_path", "specific_path", "own", "head"}),  # not the code of an absent stain
+        ("shared", DRAWN),
+        ("cross", DRAWN),
+        ("identity", DRAWN),
+        ("agreement", READ),
+        ("independence", READ),
+        ("norm", READ),
+        ("kl", READ | {"log_std"}),
+        ("cycle", DRAWN),
+        ("adversarial", DRAWN),
+        ("patch_nce", DRAWN | {"projection"}),
+    ],
+)
+def test_a_gradient_reaches_what_it_should_and_nothing_else(name: str, moved: set[str]) -> None:
+    fusion = {"fusion": "product"} if name == "kl" else {}
+    method, batch = make(
+        three_stains(), {name: 1.0, "adversarial": 0.5} if name != "patch_nce" else {name: 1.0}, **fusion
+    )
+    parts: dict[str, Tensor] = {}
+    method.weights = replace(method.weights, adversarial=0.5 * (name == "adversarial"))  # the discriminator is there
+    method.loss(batch, "generator").total.backward()
+    for full_name, p in method.named_parameters():
+        top = full_name.split(".")[0] if not full_name.startswith("network.") else full_name.split(".")[1]
+        if p.grad is not None and p.grad.any():
+            parts[top] = p.grad
+    assert set(parts) == moved
+    if name == "independence":  # both halves of every level
+        assert all(c.linear.weight.grad.any(1).all() for c in method.network.conditions)  # type: ignore[union-attr, operator]
+
+
+def test_a_turn_moves_one_player() -> None:
+    method, batch = make(three_stains(), {"full": 1.0, "adversarial": 1.0, "r1": 1.0, "patch_nce": 1.0})
+    stage = method.stages[0]
+    assert list(stage.groups) == ["generator", "discriminator"]
+    everything = {id(p) for groups in stage.groups.values() for g in groups for p in g.parameters}
+    assert everything == {id(p) for p in method.parameters()}
+    for player, mine in (("generator", ("network", "projection")), ("discriminator", ("discriminator",))):
+        method.zero_grad()
+        method.turn(player)
+        method.loss(batch, player).total.backward()
+        for name, p in method.named_parameters():
+            assert (p.grad is not None) == (name.split(".")[0] in mine), name
+    assert math.isfinite(sum(float(p.grad.sum()) for p in method.parameters() if p.grad is not None))

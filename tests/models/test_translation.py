@@ -1,0 +1,185 @@
+"""The translator's network: which encoder reads what, what is shared, how a stain is drawn, crops against fields."""
+
+import pytest
+import torch
+from torch import nn
+
+from imgshared.models.pyramid import TimmPyramid
+from imgshared.models.translation import LOG_SCALE, LOG_STD, Head, TranslationNetwork
+from imgshared.types import InputError
+
+
+def build(**changes):
+    torch.manual_seed(0)
+    settings = {
+        "markers": 3, "chromatin": 1, "channels": (4, 6), "shared_fraction": 0.5, "backbone": "conv",
+        "by_marker": False, "product": False, "outputs": 1, "marker_dim": 3,
+    }  # fmt: skip
+    return randomise(TranslationNetwork(**settings | changes)).eval()
+
+
+@torch.no_grad()
+def randomise(net):
+    """Draw every weight, those that start at zero too, so that no path is silent."""
+    for parameter in net.parameters():
+        parameter.normal_(0, 0.8 / max(parameter[0].numel(), 4) ** 0.5)
+    return net
+
+
+def test_the_share_is_of_every_level_and_leaves_both_sides_a_channel():
+    for fraction, widths in ((0.5, [2, 3, 4]), (0.7, [3, 4, 5]), (0.0, [1, 1, 1]), (1.0, [3, 5, 6])):
+        net = build(channels=(4, 6, 7), shared_fraction=fraction)
+        assert net.widths == widths
+        maps = net.encode(torch.rand(2, 1, 16, 16), torch.tensor([0, 1]))
+        assert [h.shape[1] for h in maps.shared] == widths
+        assert [h.shape[1] for h in maps.specific] == [c - w for c, w in zip((4, 6, 7), widths, strict=True)]
+    with pytest.raises(InputError, match=r"method.channels = \[4, 1\]: a level needs two"):
+        build(channels=(4, 1))
+
+
+def test_shared_and_specific_maps_are_the_two_parts_of_a_level():
+    net = build(shared_fraction=0.7)
+    levels = []
+    for condition in net.conditions:
+        condition.register_forward_hook(lambda module, inputs, out: levels.append(out))
+    maps = net.encode(torch.rand(2, 1, 16, 16), torch.tensor([0, 1]))
+    for h, shared, specific in zip(levels, maps.shared, maps.specific, strict=True):
+        assert torch.equal(torch.cat([shared, specific], 1), h)
+
+
+@pytest.mark.parametrize(("by_marker", "networks"), [(False, 2), (True, 3)])
+def test_stains_are_encoded_in_any_order_each_by_its_own_encoder(by_marker, networks):
+    net = build(by_marker=by_marker, product=True)
+    assert len(net.encoders) == networks
+    channels = torch.tensor([2, 1, 0, 2, 1, 0, 0])
+    images = torch.rand(7, 1, 16, 16)
+    together = net.encode(images, channels)
+    for i in range(7):
+        alone = net.encode(images[i : i + 1], channels[i : i + 1])
+        for kind in ("shared", "specific", "log_std"):
+            for a, b in zip(getattr(together, kind), getattr(alone, kind), strict=True):
+                torch.testing.assert_close(a[i : i + 1], b)
+    read = []
+    for i, encoder in enumerate(net.encoders):
+        encoder.register_forward_hook(lambda module, inputs, out, i=i: read.append((i, len(inputs[0]))))
+    net.encode(images, channels)
+    assert read == ([(0, 3), (1, 2), (2, 2)] if by_marker else [(0, 2), (1, 5)])
+
+
+def test_proteins_that_share_an_encoder_are_told_apart_by_their_embedding():
+    net = build()
+    image = torch.rand(1, 1, 16, 16)
+    a, b = (net.encode(image, torch.tensor([c])).shared[0] for c in (0, 2))
+    assert not torch.allclose(a, b)
+    net.marker.weight.data[2] = net.marker.weight.data[0]
+    torch.testing.assert_close(net.encode(image, torch.tensor([2])).shared[0], a)
+
+
+def test_experts_start_with_the_spread_of_the_prior_and_are_bounded():
+    torch.manual_seed(0)
+    fresh = TranslationNetwork(
+        markers=2, chromatin=0, channels=(4, 6), shared_fraction=0.5, backbone="conv", by_marker=False, product=True,
+        outputs=1, marker_dim=3,
+    )  # fmt: skip
+    images, channels = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
+    assert not any(s.any() for s in fresh.encode(images, channels).log_std)
+    nn.init.constant_(fresh.log_std[0].bias, 99.0)
+    nn.init.constant_(fresh.log_std[1].bias, -99.0)
+    wide, sharp = fresh.encode(images, channels).log_std
+    assert (wide == LOG_STD[1]).all()
+    assert (sharp == LOG_STD[0]).all()
+    assert not build().encode(images, channels).log_std
+
+
+def test_each_marker_has_its_own_layer_in_the_head():
+    net = build(outputs=2)
+    trunk, channels, size = torch.randn(3, 4, 5, 6), torch.tensor([2, 0, 2]), (10, 12)
+    mean, log_scale = net.decode(trunk, channels, size)
+    for i in range(3):
+        alone = net.decode(trunk[i : i + 1], channels[i : i + 1], size)
+        torch.testing.assert_close(mean[i : i + 1], alone[0])
+        torch.testing.assert_close(log_scale[i : i + 1], alone[1])
+    net.head.weight.data[0] += 1
+    changed, _ = net.decode(trunk, channels, size)
+    assert torch.equal(changed[[0, 2]], mean[[0, 2]])
+    assert not torch.allclose(changed[1], mean[1])
+    net.head.bias.data[2] += 1
+    assert not torch.allclose(net.decode(trunk, channels, size)[0][0], changed[0])
+
+
+def test_the_scale_is_bounded_and_the_mean_is_not():
+    net = build(outputs=2)
+    trunk, channel = torch.randn(1, 4, 4, 4), torch.tensor([0])
+    for sign, bound in ((1, LOG_SCALE[1]), (-1, LOG_SCALE[0])):
+        net.head.last.bias.data.fill_(sign * 99.0)
+        mean, log_scale = net.decode(trunk, channel, (8, 8))
+        assert (log_scale == bound).all()
+        assert (sign * mean > 50).all()
+    assert build().decode(trunk, channel, (8, 8))[1] is None
+
+
+def test_a_fresh_head_draws_no_checkerboard():
+    """All pixels of a place start alike: over constant maps the interior is constant."""
+    torch.manual_seed(0)
+    head = Head(4, 2, 3, 4, 1)
+    out = head(torch.randn(1, 4, 1, 1).expand(1, 4, 6, 6), torch.randn(1, 3), torch.tensor([1]))[0, 0]
+    inner = out[5:-5, 5:-5]
+    assert inner.std() < 1e-6
+    assert out.shape == (24, 24)
+
+
+def test_the_code_of_an_absent_stain_stands_where_its_detail_would():
+    net = build()
+    trunk, channel = torch.randn(1, 4, 4, 4), torch.tensor([0])
+    code = net.absent.weight[0][None, :, None, None].expand(1, 4, 4, 4)
+    torch.testing.assert_close(net.decode(trunk, channel, (8, 8), code), net.decode(trunk, channel, (8, 8)))
+    detail = net.own_detail(net.encode(torch.rand(1, 1, 8, 8), channel).specific)
+    assert detail.shape == trunk.shape
+    assert not torch.allclose(net.decode(trunk, channel, (8, 8), detail)[0], net.decode(trunk, channel, (8, 8))[0])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 14), (5, 23)])
+def test_images_of_any_size_come_back_in_their_size(size):
+    net = build(channels=(4, 6, 8))
+    images, channels = torch.rand(2, 1, *size), torch.tensor([0, 1])
+    fused = net.fuse(net.encode(images, channels), torch.arange(2), 2)
+    mean, _ = net.decode(net.shared_path(fused.shared), channels, size)
+    assert mean.shape == (2, 1, *size)
+    padded = nn.functional.pad(images, (0, -size[1] % 8, 0, -size[0] % 8), mode="replicate")
+    again = net.fuse(net.encode(padded, channels), torch.arange(2), 2)
+    whole, _ = net.decode(net.shared_path(again.shared), channels, padded.shape[2:])
+    torch.testing.assert_close(mean, whole[..., : size[0], : size[1]])
+
+
+def drawn(net, images):
+    """Every stain of each cell from two stains, channels 1 and 2."""
+    n, size = len(images), tuple(images.shape[2:])
+    cells, channels = torch.arange(n).repeat_interleave(2), torch.tensor([1, 2]).repeat(n)
+    maps = net.encode(images[cells, channels, None], channels)
+    trunk = net.shared_path(net.fuse(maps, cells, n).shared)
+    own = net.own_detail([h[1::2] for h in maps.specific])
+    out = [*net.decode(trunk, torch.zeros(n, dtype=torch.long), size), *net.decode(trunk, channels[1::2], size, own)]
+    return torch.cat([x for x in out if x is not None], 1)
+
+
+@pytest.mark.parametrize("product", [False, True])
+@torch.no_grad()
+def test_a_crop_and_the_field_around_it_agree_beyond_the_receptive_field(product):
+    """What a patch becomes must not depend on how much of the slide is shown around it: no statistics of the image."""
+    net = build(product=product, outputs=2)
+    field = torch.rand(1, 3, 153, 170)
+    edge, at = 36, 40  # 2 + 2 convolutions at 1/4, 3 + 3 at 1/2, one at 1, and what the grid cuts: 32 px
+    whole = drawn(net, field)
+    crop = drawn(net, field[..., at : at + 96, at + 8 : at + 104])
+    inner = whole[..., at + edge : at + 96 - edge, at + 8 + edge : at + 104 - edge]
+    assert inner.std() > 0.05  # not a constant that agrees for free
+    torch.testing.assert_close(crop[..., edge:-edge, edge:-edge], inner, atol=1e-4, rtol=0)
+    assert not torch.allclose(crop[..., :4, :4], whole[..., at : at + 4, at + 8 : at + 12], atol=1e-2)  # edges differ
+
+
+def test_a_timm_backbone_serves_crops_and_fields_of_odd_sizes():
+    net = build(backbone="resnet10t", channels=(4, 6, 8), by_marker=True)
+    assert all(isinstance(encoder, TimmPyramid) for encoder in net.encoders)
+    assert net.multiple == 8
+    for size in ((33, 47), (64, 64)):
+        assert drawn(net, torch.rand(2, 3, *size)).shape == (2, 2, *size)

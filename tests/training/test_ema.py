@@ -1,0 +1,86 @@
+"""The average of the weights against its closed form."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from imgshared.training.ema import Ema
+
+
+def walk(decay: float, steps: int) -> tuple[nn.Module, Ema, list[torch.Tensor]]:
+    """Random weights at every step, and their path."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    ema, path = Ema(module, decay), [module[0].weight.detach().clone()]
+    for step in range(steps):
+        nn.init.normal_(module[0].weight)
+        path.append(module[0].weight.detach().clone())
+        ema.update(step)
+    return module, ema, path
+
+
+@pytest.mark.parametrize("decay", [0.05, 0.5, 0.999])
+def test_the_average_is_its_closed_form(decay: float) -> None:
+    _, ema, path = walk(decay, 40)
+    decays = [min(decay, (1 + t) / (10 + t)) for t in range(40)]
+    # Each point weighs what the later steps leave of it.
+    left = torch.tensor([*decays, 1.0]).double().flip(0).cumprod(0).flip(0)
+    weights = torch.cat([left[:1], (1 - torch.tensor(decays).double()) * left[1:]])
+    assert weights.sum().item() == pytest.approx(1)
+    expected = sum(w * p.double() for w, p in zip(weights, path, strict=True))
+    torch.testing.assert_close(ema.values["0.weight"].double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_start_is_soon_forgotten() -> None:
+    _, ema, path = walk(0.9999, 1)
+    torch.testing.assert_close(ema.values["0.weight"], 0.1 * path[0] + 0.9 * path[1])
+
+
+def test_the_average_stands_in_for_the_weights_and_gives_way_again() -> None:
+    module, ema, _ = walk(0.9, 5)
+    module[1].running_mean.fill_(3.0)
+    live, average = copy.deepcopy(module.state_dict()), copy.deepcopy(ema.values)
+    seen: dict[str, torch.Tensor] = {}
+
+    def fail() -> None:
+        with ema.in_place():
+            seen.update(copy.deepcopy(module.state_dict()))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert all(torch.equal(seen[name], average[name]) for name in average)
+    assert not torch.equal(seen["0.weight"], live["0.weight"])
+    assert torch.equal(seen["1.running_mean"], live["1.running_mean"])  # buffers are the module's
+    assert all(torch.equal(value, live[name]) for name, value in module.state_dict().items())
+    assert all(torch.equal(value, average[name]) for name, value in ema.values.items())
+    assert set(average) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def test_an_optimizer_goes_on_with_the_same_parameters() -> None:
+    module, ema, _ = walk(0.9, 5)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    before = module[0].weight.detach().clone()
+    with ema.in_place():
+        pass
+    module[0].weight.sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(module[0].weight.detach(), before - 1)
+
+
+def test_a_saved_average_is_taken_up() -> None:
+    _, ema, _ = walk(0.9, 7)
+    other = Ema(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), 0.9)
+    other.load(copy.deepcopy(ema.values))
+    assert all(torch.equal(other.values[name], value) for name, value in ema.values.items())
+
+
+def test_a_method_without_weights_has_no_average() -> None:
+    ema = Ema(nn.Identity(), 0.9)
+    ema.update(3)
+    with ema.in_place():
+        assert ema.values == {}

@@ -1,0 +1,51 @@
+"""Means of loss terms between two reports."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from imgshared.training.meter import Meter
+from imgshared.types import LossTerms
+
+ALONE: Any = SimpleNamespace(world_size=1)
+
+
+def terms(total: float, **parts: float) -> LossTerms:
+    return LossTerms(
+        torch.tensor(total, requires_grad=True), {name: torch.tensor(value) for name, value in parts.items()}
+    )
+
+
+def test_a_term_is_averaged_over_the_batches_that_have_it() -> None:
+    meter = Meter()
+    meter.add(terms(1.0, full=4.0), weight=1)
+    meter.add(terms(5.0, full=8.0, cross=2.0), weight=3)
+    values = meter.take(ALONE)[2]
+    assert values == {"loss": pytest.approx(4), "full": pytest.approx(7), "cross": pytest.approx(2)}
+
+
+def test_players_are_told_apart() -> None:
+    meter = Meter()
+    for _ in range(2):
+        meter.add(terms(1.0, adversarial=2.0))
+        meter.add(terms(3.0, adversarial=4.0), "discriminator/")
+        meter.step(16)
+    steps, cells_per_s, values = meter.take(ALONE)
+    assert steps == 2
+    assert cells_per_s > 0
+    assert values == {"loss": 1, "adversarial": 2, "discriminator/loss": 3, "discriminator/adversarial": 4}
+
+
+def test_it_begins_anew_after_each_report_and_half_precision_adds_up() -> None:
+    meter = Meter()
+    meter.add(terms(9.0))
+    meter.step(1)
+    meter.take(ALONE)
+    assert meter.take(ALONE)[::2] == (0, {})
+    for _ in range(1000):
+        meter.add(LossTerms(torch.tensor(1.0, dtype=torch.bfloat16), {}))
+    assert meter.take(ALONE)[2] == {"loss": 1.0}  # a bfloat16 sum would stop at 256

@@ -1,0 +1,160 @@
+"""What is watched: the spread of predictions between cells, pictures, signs of collapse. Without any training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from imgshared.data.panel import Panel
+from imgshared.methods.base import Method
+from imgshared.training.watch import CAPTION, GAP, Watch, collapsed
+from imgshared.types import Batch, LossTerms, Prediction
+
+PANEL = Panel(("P0", "DNA", "P2", "P3"), "DNA")
+SIDE = (12, 10)
+
+
+class Fake(Method):
+    """Predicts what a function of (images, measured, targets) says."""
+
+    stages = ()  # type: ignore[assignment]
+
+    def __init__(self, says: Callable[[Tensor, Tensor, Sequence[int]], Tensor]) -> None:
+        super().__init__()
+        self.says = says
+
+    def loss(self, batch: Batch, player: str) -> LossTerms:
+        raise NotImplementedError
+
+    validate = loss  # type: ignore[assignment]
+
+    def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
+        return Prediction(self.says(images, measured, targets))
+
+
+def cells(n: int = 20) -> Batch:
+    torch.manual_seed(0)
+    measured = torch.ones(n, 4, dtype=torch.bool)
+    measured[::3, 2] = False
+    measured[1:, 3] = False  # in one cell alone: no spread
+    measured[4, 1] = False  # without chromatin
+    return Batch(torch.arange(n), torch.rand(n, 4, *SIDE) * measured[..., None, None], measured)
+
+
+def watching(folder: Path, batch: Batch | None = None, sources: Sequence[int] = (1,)) -> Watch:
+    return Watch(batch or cells(), sources, PANEL, folder)
+
+
+def the_truth(images: Tensor, measured: Tensor, targets: Sequence[int]) -> Tensor:
+    return images[:, targets]
+
+
+def a_constant(images: Tensor, measured: Tensor, targets: Sequence[int]) -> Tensor:
+    return torch.rand(1, len(targets), *SIDE).expand(len(images), -1, -1, -1)
+
+
+def test_the_spread_of_the_truth_is_one_and_of_a_constant_zero(tmp_path: Path) -> None:
+    watch = watching(tmp_path / "samples")
+    spread, _ = watch.look(Fake(the_truth), 1)
+    assert spread == {"diversity/P0": pytest.approx(1), "diversity/P2": pytest.approx(1)}
+    spread, _ = watch.look(Fake(a_constant), 2)
+    assert spread == {"diversity/P0": pytest.approx(0, abs=1e-6), "diversity/P2": pytest.approx(0, abs=1e-6)}
+    spread, _ = watch.look(Fake(lambda x, m, t: 0.25 * x[:, t] + 3), 3)
+    assert spread["diversity/P2"] == pytest.approx(0.25, rel=1e-4)
+
+
+def test_the_spread_is_of_the_cells_that_have_the_stain(tmp_path: Path) -> None:
+    batch = cells()
+    known = batch.measured[:, 1] & batch.measured[:, 2]
+    real = batch.images[known, 2].std(0).mean()
+
+    def says(images: Tensor, measured: Tensor, targets: Sequence[int]) -> Tensor:
+        return images[:, [1] * len(targets)]
+
+    spread, _ = watching(tmp_path / "samples", batch).look(Fake(says), 1)
+    assert spread["diversity/P2"] == pytest.approx((batch.images[known, 1].std(0).mean() / real).item(), rel=1e-5)
+
+
+def test_only_the_sources_of_whole_cells_are_given(tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def says(images: Tensor, measured: Tensor, targets: Sequence[int]) -> Tensor:
+        asked.append((len(images), measured, list(targets)))
+        return images[:, targets]
+
+    watching(tmp_path / "samples", sources=(1, 2)).look(Fake(says), 1)
+    n, measured, targets = asked[0]
+    both = cells().measured[:, [1, 2]].all(1)
+    assert n == both.sum()
+    assert measured.tolist() == [[False, True, True, False]] * n
+    assert targets == [0]
+
+
+def test_the_picture_holds_a_row_a_cell_and_what_is_predicted_beside_the_real_stain(tmp_path: Path) -> None:
+    batch = cells()
+    _, picture = watching(tmp_path / "samples", batch).look(Fake(lambda x, m, t: 1 - x[:, t]), 340)
+    assert picture is not None
+    assert picture.shape == (CAPTION + 6 * (SIDE[0] + GAP), 5 * (SIDE[1] + GAP))  # DNA, and P0 and P2 twice
+    assert picture.dtype == np.uint8
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples" / "0000340.png")), picture)
+    found = []
+    for row in range(6):
+        top = CAPTION + row * (SIDE[0] + GAP)
+        dna, p0, p0_predicted, p2, p2_predicted = (
+            picture[top : top + SIDE[0], left : left + SIDE[1]] for left in range(0, 5 * (SIDE[1] + GAP), SIDE[1] + GAP)
+        )
+        shades = (batch.images * 255).byte().numpy()
+        (cell,) = [i for i in range(20) if (shades[i, 1] == dna).all()]
+        assert (p0 == shades[cell, 0]).all()
+        assert (p2 == shades[cell, 2]).all()
+        for real, predicted in ((p0, p0_predicted), (p2, p2_predicted)):
+            assert np.abs(255 - real.astype(int) - predicted).max() <= 1
+        found.append(cell)
+    assert batch.measured[found][:, [0, 1, 2]].all()  # the cells that show most
+    assert found == sorted(set(found))
+
+
+def test_what_is_beyond_the_contrast_is_clipped(tmp_path: Path) -> None:
+    _, picture = watching(tmp_path / "samples").look(Fake(lambda x, m, t: x[:, t] * 0 + 7.0), 1)
+    assert picture is not None
+    assert (picture[CAPTION : CAPTION + SIDE[0], 2 * (SIDE[1] + GAP) : 3 * (SIDE[1] + GAP) - GAP] == 255).all()
+
+
+def test_where_there_is_nothing_to_watch_nothing_is_written(tmp_path: Path) -> None:
+    none = cells()
+    without = Batch(none.index, none.images, none.measured & torch.tensor([True, False, True, True]))
+    for batch in (None, without, Batch(none.index[:1], none.images[:1], none.measured[:1])):
+        assert Watch(batch, (1,), PANEL, tmp_path / "samples").look(Fake(the_truth), 1) == ({}, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_collapse_is_said_by_name() -> None:
+    assert collapsed({"diversity/P0": 0.06, "diversity/P2": 0.8}) == []
+    (said,) = collapsed({"diversity/P0": 0.01, "diversity/P2": 0.8})
+    assert said.startswith("predicted P0 hardly differs between cells (1% of the real spread)")
+
+
+def test_stains_of_other_cells_are_watched_where_none_shows_both(tmp_path: Path) -> None:
+    batch = cells()
+    measured = batch.measured.clone()
+    measured[:10, 2:], measured[10:, 1] = False, False  # the sources in one half, the stain in the other
+    unpaired = Batch(batch.index, batch.images * measured[..., None, None], measured)
+    spread, picture = watching(tmp_path, unpaired).look(Fake(lambda x, m, t: x[:, [1] * len(t)]), 3)
+    assert picture is not None
+    assert spread["diversity/P2"] == pytest.approx(1.0, abs=0.2)  # both halves are noise of one kind
+    constant, _ = watching(tmp_path, unpaired).look(Fake(a_constant), 4)
+    assert collapsed(constant)
+
+
+def test_without_a_folder_nothing_is_written(tmp_path: Path) -> None:
+    spread, picture = Watch(cells(), (1,), PANEL, None).look(Fake(the_truth), 1)
+    assert picture is not None
+    assert spread
+    assert list(tmp_path.iterdir()) == []
