@@ -1,0 +1,332 @@
+"""Which method is best: on the same cells, the same grouped split, for the same wall-clock time, over several seeds.
+
+    python scripts/benchmark_methods.py DATA OUT [--edition cpu|full] [--methods ...] [--datasets ...] [--workers 2]
+                                        [--seconds 75] [--record DIR] [--readme]
+    python scripts/benchmark_methods.py --tables DIR [--readme]
+
+DATA is the folder that holds bbbc013/ and imc_spleen/. Every method is its configs/<name>.yaml with the edition's
+changes below; a short calibration measures how fast it trains here, and its epochs are what fits into the time. A task
+is one training of one method: in a process of its own, with its share of the cores, never done twice (OUT keeps what is
+finished). A task that fails says so and the rest goes on. Where a task has one core, its seconds are processor time: on
+a machine shared with others the methods still get the same.
+
+Every score is of cells of held-out groups that show chromatin and the marker, in normalised units, predicted from
+chromatin alone:
+
+r            mean over cells of the Pearson r of a cell's pixels (a constant prediction counts as 0)
+gain         mean over cells of r minus the r of linear regression on blurred chromatin, fitted on the training cells
+SSIM         mean structural similarity, data range 1
+detail       median spectral ratio: power of structures finer than 8 px, predicted over real; 1 is right
+intensity    Spearman r of the cells' mean intensities
+KID          kernel distance of the 45 per-cell features of `evaluation.features` (brightness, radial distribution,
+             texture, spots; no network), standardised by real training cells and clipped to +-3; 0 is best
+agreement    Cohen's kappa between the answers that a classifier (logistic regression on those features, trained on
+             real stains of the training groups) gives on the real and on the predicted stain of the same cells; only
+             where it reads the label from real held-out stains with a balanced accuracy of chance + 0.1 or more
+
+Scores are means over markers, then over seeds or folds (least to greatest of these). Bold: the best, and whatever is as
+good or better in at least one seed or fold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import methods_tables
+import torch
+from common import ROOT
+from study_bbbc013 import VAL
+from study_imc_spleen import REGIONS
+
+METHODS = ("linear", "regression", "pix2pix", "cut", "fastcut", "cyclegan", "mvae", "apollo", "translator")
+PAPER_D = "method.discriminator_channels=[64,128,256,512]"
+FLIPS = "augment.flips=true"  # for all that can use them: no method wins by augmentation alone
+
+
+@dataclass(frozen=True)
+class Edition:
+    """How large everything is."""
+
+    crop_px: int
+    seconds: float  # of training
+    seeds: dict[str, int]  # by dataset; imc_spleen has its four folds instead
+    cells_a_group: dict[str, int]  # at most so many cells a group are kept
+    test_cells: dict[str, int]  # at most so many are scored
+    train_cells: int  # at most so many real training cells for classifiers and the features' scale
+    overrides: dict[str, tuple[str, ...]]
+
+
+EDITIONS = {
+    "cpu": Edition(
+        crop_px=64,
+        seconds=75,
+        seeds={"simulated": 3, "bbbc013": 2, "imc_spleen": 1},
+        cells_a_group={"bbbc013": 64, "imc_spleen": 600},
+        test_cells={"simulated": 1000, "bbbc013": 1000, "imc_spleen": 600},
+        train_cells=1500,
+        overrides={
+            "regression": (FLIPS,),
+            "pix2pix": (FLIPS,),
+            "cut": (FLIPS, "method.width=16", "train.batch_size=4"),
+            "fastcut": (FLIPS, "method.width=16", "train.batch_size=4"),
+            "cyclegan": (FLIPS, "method.width=16", "train.batch_size=4"),
+            "mvae": (FLIPS, "method.proteins_per_step=3"),
+        },
+    ),
+    "full": Edition(
+        crop_px=128,
+        seconds=600,
+        seeds={"simulated": 5, "bbbc013": 5, "imc_spleen": 5},
+        cells_a_group={},
+        test_cells={"simulated": 1500, "bbbc013": 1500, "imc_spleen": 1500},
+        train_cells=1500,
+        overrides={
+            "regression": (FLIPS, "method.channels=[64,128,256,512]"),
+            "pix2pix": (FLIPS, "method.channels=[64,128,256,512,512,512]", PAPER_D, "train.batch_size=32"),
+            "cut": (FLIPS, "method.width=64", "method.blocks=9", PAPER_D),
+            "fastcut": (FLIPS, "method.width=64", "method.blocks=9", PAPER_D),
+            "cyclegan": (FLIPS, "method.width=64", "method.blocks=6", PAPER_D),
+            "mvae": (FLIPS, "method.channels=[64,128,256,256,96]", "method.latent_dim=512",
+                     "method.proteins_per_step=3"),
+            "apollo": ("method.channels=[64,128,256,256,96]", "method.shared_dim=1024", "method.specific_dim=200"),
+            "translator": ("method.channels=[64,96,128,192,256]", "method.marker_dim=64", "train.batch_size=64"),
+        },
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset, how it is split, what is asked of it."""
+
+    folds: dict[str, tuple[str, ...]]  # test and val groups by name; one fold: seeds instead
+    labels: tuple[tuple[str, tuple[str, ...]], ...]
+    shown: tuple[str, ...]  # markers of the picture
+    overrides: tuple[str, ...] = ()
+    quantiles: tuple[float, ...] = (0.5,)  # of linear's r, of the cells in the picture
+
+
+def _split(test: Sequence[str], val: Sequence[str]) -> tuple[str, ...]:
+    return f"split.test={json.dumps(list(test))}", f"split.val={json.dumps(list(val))}"
+
+
+DATASETS = {
+    "simulated": Dataset(
+        folds={"": _split(["D08", "D09", "D10"], ["D06", "D07"])},
+        labels=(("treatment", ("control", "treated")), ("cell_type", ("lymphocyte", "monocyte")),
+                ("drug", ("vehicle", "drug"))),
+        shown=("LaminB1", "FOXO3", "gH2AX", "Tubulin"),
+    ),
+    "bbbc013": Dataset(
+        folds={"": _split([f"{row}{column:02d}" for row in "BF" for column in range(1, 13)], VAL)},
+        labels=(("dose", ("low", "high")),),
+        shown=("FKHR-EGFP",),
+        quantiles=(0.1, 0.5, 0.9),
+    ),
+    "imc_spleen": Dataset(
+        folds={r: _split([r], [REGIONS[(k + 1) % len(REGIONS)]]) for k, r in enumerate(REGIONS)},
+        labels=(("region", ("white_pulp", "red_pulp")),),
+        shown=("HistoneH3", "CD45", "CD20", "CD3"),
+        overrides=("normalise.transform=arcsinh", "normalise.cofactor=1.0", "normalise.low=0.0"),
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Work:
+    """One job: its result, what it needs to know, the results that it needs, its process while it runs."""
+
+    result: Path
+    job: dict[str, Any]
+    needs: Sequence[Path] = ()
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    began: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """What it is called in the progress."""
+        words = self.job.get("name", {}).values()
+        return " ".join([self.job["kind"], *(str(w) for w in words if w != "")])
+
+    @property
+    def log(self) -> Path:
+        """Where its output goes."""
+        return self.result.with_suffix(".log")
+
+
+def main() -> None:
+    """Do what is missing, then tell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--edition", choices=EDITIONS, default="cpu")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
+    parser.add_argument("--workers", type=int, default=None, help="tasks at a time (default: 2; 1 on a GPU)")
+    parser.add_argument("--seconds", type=float, default=None, help="of training, a task (default: the edition's)")
+    parser.add_argument("--cells", type=int, default=2400, help="simulated")
+    parser.add_argument("--repeats", type=int, default=None, help="at most so many seeds or folds a dataset")
+    parser.add_argument("--record", type=Path, default=None, help="folder of the results (default: OUT/results)")
+    parser.add_argument("--readme", action="store_true", help="also write README's tables, and the pictures to docs/")
+    parser.add_argument("--tables", type=Path, default=None, help="only print the tables of this folder of results")
+    a = parser.parse_args()
+    if a.tables:
+        methods_tables.tell(a.tables, readme=a.readme)
+        return
+    if a.data is None or a.out is None:
+        parser.error("DATA and OUT are needed")
+    edition, out, data = EDITIONS[a.edition], a.out.resolve(), a.data.resolve()
+    seconds = a.seconds or edition.seconds
+    settings = {"edition": a.edition, "seconds": seconds, "cells": a.cells}
+    keep_settings(out, settings)
+    stores = [store(out, data, edition, name, a.cells) for name in a.datasets]
+    folds = {name: turns(edition, name, a.repeats) for name in a.datasets}
+    grounds = [ground(out, edition, name, fold) for name in a.datasets for fold in dict(folds[name])]
+    speeds = [speed(out, edition, name, m) for name in a.datasets for m in a.methods]
+    tasks = [task(out, edition, n, m, f, s, seconds) for n in a.datasets for f, s in folds[n] for m in a.methods]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that jobs are stopped, too
+    workers = a.workers or (1 if torch.cuda.is_available() else 2)
+    for jobs in (stores, grounds, speeds, tasks):
+        run(jobs, workers)
+    results = a.record or out / "results"
+    for name in a.datasets:
+        mine = [w for w in tasks if w.job["name"]["dataset"] == name]
+        methods_tables.write(results, name, [w.result for w in mine], {**settings, "workers": workers})
+        shown, quantiles = DATASETS[name].shown, DATASETS[name].quantiles
+        methods_tables.picture(out, name, [w.result for w in mine], shown, quantiles)
+    methods_tables.tell(results, readme=a.readme, pictures=out, datasets=a.datasets)
+
+
+def keep_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Write what OUT was begun with, or refuse to go on with something else."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "settings.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        sys.exit(f"{out} was begun with {path.read_text().strip()}, not {json.dumps(settings)}: choose another folder")
+    path.write_text(json.dumps(settings) + "\n")
+
+
+def turns(edition: Edition, dataset: str, most: int | None) -> list[tuple[str, int]]:
+    """Return the (fold, seed) pairs of a dataset."""
+    pairs = [(fold, seed) for seed in range(edition.seeds[dataset]) for fold in DATASETS[dataset].folds]
+    return pairs[:most]
+
+
+def store(out: Path, data: Path, edition: Edition, dataset: str, cells: int) -> Work:
+    """Prepare a dataset's cells."""
+    job = {"data": str(data), "dataset": dataset, "cells": cells, "crop_px": edition.crop_px}
+    job["cells_a_group"] = edition.cells_a_group.get(dataset)
+    return Work(_store(out, dataset), {"kind": "store", "name": {"dataset": dataset}, **job})
+
+
+def ground(out: Path, edition: Edition, dataset: str, fold: str) -> Work:
+    """Compute what all methods share in a fold."""
+    d = DATASETS[dataset]
+    job = {"labels": d.labels, "quantiles": d.quantiles, "test_cells": edition.test_cells[dataset]}
+    job |= {"train_cells": edition.train_cells, **_experiment(out, edition, dataset, "linear", fold, 0)}
+    name = {"dataset": dataset, "fold": fold}
+    return Work(_ground(out, dataset, fold), {"kind": "ground", "name": name, **job}, [_store(out, dataset)])
+
+
+def speed(out: Path, edition: Edition, dataset: str, method: str) -> Work:
+    """Measure how fast a method trains."""
+    job = _experiment(out, edition, dataset, method, next(iter(DATASETS[dataset].folds)), 0)
+    name = {"dataset": dataset, "method": method}
+    return Work(_speed(out, dataset, method), {"kind": "speed", "name": name, **job}, [_store(out, dataset)])
+
+
+def task(out: Path, edition: Edition, dataset: str, method: str, fold: str, seed: int, seconds: float) -> Work:
+    """Train and score a method."""
+    several = len(DATASETS[dataset].folds) > 1
+    turn = f"{fold}_{seed}" if several and edition.seeds[dataset] > 1 else fold or str(seed)
+    d = DATASETS[dataset]
+    needs = [_ground(out, dataset, fold), _speed(out, dataset, method)]
+    job = {"seconds": seconds, "labels": d.labels, "shown": d.shown, "ground": str(needs[0]), "speed": str(needs[1])}
+    job |= _experiment(out, edition, dataset, method, fold, seed)
+    name = {"dataset": dataset, "method": method, "turn": turn}
+    return Work(out / dataset / f"{method}_{turn}" / "result.json", {"kind": "task", "name": name, **job}, needs)
+
+
+def _store(out: Path, dataset: str) -> Path:
+    return out / "stores" / dataset / "cells.zarr"
+
+
+def _ground(out: Path, dataset: str, fold: str) -> Path:
+    return out / dataset / f"ground{fold and '_' + fold}.npz"
+
+
+def _speed(out: Path, dataset: str, method: str) -> Path:
+    return out / dataset / f"speed_{method}.json"
+
+
+def _experiment(out: Path, edition: Edition, dataset: str, method: str, fold: str, seed: int) -> dict[str, Any]:
+    d = DATASETS[dataset]
+    overrides = [f"data={_store(out, dataset)}", f"seed={seed}", *d.folds[fold], *d.overrides]
+    overrides += edition.overrides.get(method, ())
+    return {"config": str(ROOT / "configs" / f"{method}.yaml"), "overrides": overrides}
+
+
+def run(jobs: Sequence[Work], workers: int) -> None:
+    """Do what has no result yet, so many at a time; on Ctrl-C or SIGTERM stop them all."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(1, cores // workers))
+    share = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+    waiting = [w for w in jobs if not w.result.exists()]
+    running: list[Work] = []
+    took: list[float] = []
+    failed = 0
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                work = waiting.pop(0)
+                if not all(path.exists() for path in work.needs):
+                    print(f"{work.name}: left out, what it needs is missing", flush=True)
+                    continue
+                begin(work, share)
+                running.append(work)
+            time.sleep(0.2)
+            for work in [w for w in running if w.process and w.process.poll() is not None]:
+                running.remove(work)
+                took.append(time.monotonic() - work.began)
+                failed += not work.result.exists()
+                left = sum(took) / len(took) * len(waiting + running) / workers
+                said = "done" if work.result.exists() else f"FAILED: {last_words(work.log)}"
+                print(f"{work.name}: {said} in {took[-1]:.0f} s; about {left / 60:.0f} min left", flush=True)
+    finally:
+        for work in running:
+            if work.process:
+                work.process.terminate()
+        for work in running:
+            if work.process:
+                work.process.wait()
+
+
+def begin(work: Work, environment: dict[str, str]) -> None:
+    """Start a job's process."""
+    work.result.parent.mkdir(parents=True, exist_ok=True)
+    said = work.result.with_suffix(".job.json")
+    said.write_text(json.dumps({**work.job, "result": str(work.result)}, indent=1) + "\n")
+    script = [sys.executable, str(Path(__file__).with_name("methods_job.py")), str(said)]
+    with work.log.open("wb") as log:
+        work.process = subprocess.Popen(script, stdout=log, stderr=log, env={**os.environ, **environment})
+    work.began = time.monotonic()
+
+
+def last_words(log: Path) -> str:
+    """Return the last line that a job wrote, and where the rest is."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"{lines[-1] if lines else 'no output'} ({log})"
+
+
+if __name__ == "__main__":
+    main()

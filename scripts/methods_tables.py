@@ -1,0 +1,192 @@
+"""The tables and pictures of `benchmark_methods.py`, from its results."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from common import ROOT, markdown, record
+from figures import scale_bar, show
+from matplotlib.figure import Figure
+
+import imgshared
+from imgshared.evaluation.figures import INK
+
+SCORES = {  # column: how a marker's row gives it, how it is written, what is best
+    "r": ("pearson", "{:.2f}", max),
+    "gain over linear": ("gain", "{:+.2f}", max),
+    "SSIM": ("ssim", "{:.2f}", max),
+    "detail": ("spectral_ratio", "{:.2f}", lambda v: min(v, key=lambda x: abs(math.log(max(x, 1e-6))))),
+    "intensity": ("intensity_spearman", "{:.2f}", max),
+    "KID": ("kid", "{:.1f}", min),
+    "agreement": ("kappa", "{:.2f}", max),
+}
+COSTS: dict[str, tuple[str, str, Callable[..., float] | None]] = {
+    "train s": ("train_seconds", "{:.0f}", None),
+    "train cells/s": ("train_cells_per_s", "{:,.0f}", max),
+    "predict cells/s": ("predict_cells_per_s", "{:,.0f}", max),
+    "memory MB": ("memory_mb", "{:,.0f}", min),
+    "parameters": ("parameters", "{:,.0f}", None),
+}
+
+
+def write(folder: Path, dataset: str, paths: Sequence[Path], settings: dict[str, Any]) -> None:
+    """Gather the results of a dataset into one JSON, those that are missing by name."""
+    rows = [json.loads(p.read_text()) for p in paths if p.exists()]
+    missing = [p.parent.name for p in paths if not p.exists()]
+    methods = list(dict.fromkeys(p.parent.name.partition("_")[0] for p in paths))
+    whole = {"dataset": dataset, **settings, "methods": methods, "missing": missing, "rows": rows}
+    record(folder / f"methods_{dataset}.json", whole)
+
+
+def tell(folder: Path, *, readme: bool, pictures: Path | None = None, datasets: Sequence[str] | None = None) -> None:
+    """Print every dataset's table, write it beside its JSON with the tables of markers, and where asked into README."""
+    for path in sorted(folder.glob("methods_*.json")):
+        result = json.loads(path.read_text())
+        name = result["dataset"]
+        if datasets is not None and name not in datasets:
+            continue
+        table = overview(result)
+        print(f"\n{name}\n\n{table}")
+        parts = [f"# {name}\n", table, *details(result)]
+        path.with_suffix(".md").write_text("\n".join(parts) + "\n")
+        if readme:
+            into_readme(name, table)
+            if pictures is not None and (pictures / f"methods_{name}.png").exists():
+                target = ROOT / "docs" / f"methods_{name}.png"
+                target.write_bytes((pictures / f"methods_{name}.png").read_bytes())
+
+
+def overview(result: dict[str, Any]) -> str:
+    """Return the table of a dataset: a row a method."""
+    table = pd.DataFrame([_flat(row) for row in result["rows"]])
+    cells = {name: _column(table, result, name, *how) for name, how in {**SCORES, **COSTS}.items()}
+    expected = len(table["turn"].unique()) if len(table) else 0
+    rows = []
+    for method in result["methods"]:
+        done = int((table["method"] == method).sum()) if len(table) else 0
+        note = "" if done == expected and done else f" ({done} of {expected or '?'} runs)"
+        rows.append({"method": method + note, **{name: column.get(method, "–") for name, column in cells.items()}})
+    return markdown(rows)
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's scores as means over its markers; agreement over what can be read from real stains."""
+    means = {key: float(np.mean([m[key] for m in row["markers"]])) for key, *_ in SCORES.values() if key != "kappa"}
+    kappas = [x["kappa"] for m in row["markers"] for x in m["labels"] if x["readable"]]
+    return {**row, **means, "kappa": float(np.mean(kappas)) if kappas else math.nan}
+
+
+def _column(
+    table: pd.DataFrame, result: dict[str, Any], name: str, key: str, form: str, best: Callable[..., float] | None
+) -> dict[str, str]:
+    """Return a column's text by method."""
+    if not len(table) or table[key].isna().all():
+        return {}
+    values = table.pivot_table(key, "turn", "method")
+    means = values.mean()
+    good = set() if best is None else ties(values, best)
+    out = {}
+    for method in [m for m in result["methods"] if m in means and not math.isnan(means[m])]:
+        text = f"**{said(means[method], form)}**" if method in good else said(means[method], form)
+        own = values[method].dropna()
+        spread = f" ({said(own.min(), form)} to {said(own.max(), form)})" if name in SCORES and len(own) > 1 else ""
+        out[method] = text + spread
+    return out
+
+
+def said(value: float, form: str) -> str:
+    """Return a number as text, never a negative zero."""
+    text = form.format(value)
+    return text.replace("-", "+" if "+" in form else "") if float(text.replace(",", "")) == 0 else text
+
+
+def ties(values: pd.DataFrame, best: Callable[..., float]) -> set[str]:
+    """Return the method with the best mean, and those at least as good in some seed or fold; all of them finished."""
+    values = values.dropna(axis=1)
+    if values.empty:
+        return set()
+    means = values.mean()
+    first = means.index[list(means).index(best(list(means)))]
+    return {m for m in values if any(best([a, b]) == b for a, b in zip(values[first], values[m], strict=True))}
+
+
+def details(result: dict[str, Any]) -> list[str]:
+    """Return the tables of markers: r, gain, detail, KID and what classifiers say, means over seeds or folds."""
+    rows = [{**m, "method": r["method"]} for r in result["rows"] for m in r["markers"]]
+    if not rows:
+        return []
+    table, out = pd.DataFrame(rows), []
+    order = [m for m in result["methods"] if m in set(table["method"])]
+    for name in ("r", "gain over linear", "detail", "intensity", "KID"):
+        key, form, _ = SCORES[name]
+        out += [f"\n## {name}\n", _by_marker(table, "marker", key, form, order)]
+    answers = pd.DataFrame([{**x, "method": r["method"], "marker": f"{r['marker']}, {x['label']}"}
+                            for r in rows for x in r["labels"]])  # fmt: skip
+    if len(answers):
+        real = answers.assign(method="accuracy on real stains", kappa=answers["accuracy_real"])
+        both = pd.concat([real, answers])
+        out += ["\n## agreement (Cohen's kappa)\n", _by_marker(both, "marker", "kappa", "{:.2f}",
+                ["accuracy on real stains", *order])]  # fmt: skip
+        out += ["\n## balanced accuracy on predicted stains\n", _by_marker(
+            pd.concat([real.assign(accuracy_predicted=real["kappa"]), answers]), "marker", "accuracy_predicted",
+            "{:.2f}", ["accuracy on real stains", *order])]  # fmt: skip
+    return out
+
+
+def _by_marker(table: pd.DataFrame, rows: str, key: str, form: str, methods: Sequence[str]) -> str:
+    values = table.pivot_table(key, rows, "method", sort=False)
+    return markdown({rows: name, **{m: said(row[m], form) for m in methods}} for name, row in values.iterrows())
+
+
+def into_readme(dataset: str, table: str) -> None:
+    """Write a table between its marks, where README has them."""
+    path = ROOT / "README.md"
+    text = path.read_text()
+    marks = (f"<!-- methods:{dataset} -->", f"<!-- /methods:{dataset} -->")
+    new = re.sub(
+        f"{re.escape(marks[0])}.*?{re.escape(marks[1])}",
+        lambda _: f"{marks[0]}\n{table}\n{marks[1]}",
+        text,
+        flags=re.DOTALL,
+    )
+    if new != text:
+        path.write_text(new)
+
+
+def picture(out: Path, dataset: str, paths: Sequence[Path], markers: Sequence[str], quantiles: Sequence[float]) -> None:
+    """Draw DNA | real | a column a method, of the first seed or fold; one contrast in a row."""
+    first = [p.parent for p in paths]
+    turn = first[0].name.partition("_")[2]
+    found = {f.name.partition("_")[0]: np.load(f / "shown.npz") for f in first
+             if f.name.partition("_")[2] == turn and (f / "shown.npz").exists()}  # fmt: skip
+    if not found:
+        return
+    some = next(iter(found.values()))
+    rows = [(marker, k) for marker in markers for k in range(len(some[f"{marker}/real"]))]
+    store = imgshared.open_store(out / "stores" / dataset / "cells.zarr")
+    side = 1.05
+    figure = Figure(((2 + len(found)) * side + 0.3, len(rows) * side + 0.35), facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)  # type: ignore[union-attr]
+    axes = figure.subplots(len(rows), 2 + len(found), squeeze=False)
+    for number, (line, (marker, k)) in enumerate(zip(axes, rows, strict=True)):
+        dna, real = some[f"{marker}/dna"][k], some[f"{marker}/real"][k]
+        low, high = np.percentile(real, (0.5, 99.5))
+        top = number == 0
+        show(line[0], dna, store.panel.chromatin if top else "", *np.percentile(dna, (0.5, 99.5)))
+        show(line[1], real, "real" if top else "", low, high)
+        for ax, (method, crops) in zip(line[2:], found.items(), strict=True):
+            show(ax, crops[f"{marker}/predicted"][k], method if top else "", low, max(high, low + 1e-3))
+        name = marker if len(quantiles) == 1 else f"{marker}, {100 * quantiles[k]:.0f}%"
+        line[0].text(-0.06, 0.5, name, rotation=90, ha="right", va="center", fontsize=8.5, color=INK,
+                     transform=line[0].transAxes)  # fmt: skip
+    scale_bar(axes[0][0], store.crop_px, store.pixel_size_um)
+    path = out / f"methods_{dataset}.png"
+    figure.savefig(path, dpi=110)
+    print(path)
