@@ -73,7 +73,16 @@ class Prediction:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A loss to minimise (scalar) and its named parts, detached, for the log."""
+    """A loss to minimise (scalar) and its named parts, detached, for the log.
+
+    Parameters
+    ----------
+    total, parts
+        The sum and what it is made of; parts may also hold what is only watched.
+    count
+        Of how many stains or cells this is the mean, where that is not the whole batch; 0: nothing could be judged.
+    """
 
     total: Tensor
     parts: Mapping[str, Tensor]
+    count: int | None = None

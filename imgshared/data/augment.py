@@ -20,13 +20,16 @@ class Augment:
     Parameters
     ----------
     geometry
-        ``(raw (B, C, Y, X), seed) -> same shape``, on the host.
+        ``(raw (B, C, Y, X), seed) -> same shape``.
     change
         ``(images (B * C, 1, Y, X)) -> same shape``, on the device; draws from torch's global generator.
+    on_host
+        Whether the geometry works in host memory alone; mirror images and right angles are done where the crops are.
     """
 
     geometry: Callable[[Tensor, int], Tensor] | None = None
     change: Callable[[Tensor], Tensor] | None = None
+    on_host: bool = False
 
     def intensity(self, batch: Batch, seed: int) -> Batch:
         """Change each measured channel of each cell on its own."""
@@ -43,22 +46,26 @@ class Augment:
 def paired_geometry(
     *, flips: bool, rotate_deg: float, scale: float, shift: float
 ) -> Callable[[Tensor, int], Tensor] | None:
-    """Return albumentations' paired geometry for raw crops of any channel count and dtype, or None where all is off."""
+    """Return paired geometry for raw crops of any channel count and dtype, or None where all is off.
+
+    Flips alone are torch's and work on any device; with anything else albumentations does all, on the host.
+    """
     if not (flips or rotate_deg or scale or shift):
         return None
+    if not (rotate_deg or scale or shift):
+        return mirror_and_turn
     import albumentations as albu  # slow to import, and only needed here
 
     steps: list[Any] = [albu.D4(p=1.0)] if flips else []
-    if rotate_deg or scale or shift:
-        steps.append(
-            albu.Affine(
-                rotate=(-rotate_deg, rotate_deg),
-                scale=(1 - scale, 1 + scale),
-                translate_percent=(-shift, shift),
-                border_mode=1,  # replicate the edge: zero would be darker than the camera's offset
-                p=1.0,
-            )
+    steps.append(
+        albu.Affine(
+            rotate=(-rotate_deg, rotate_deg),
+            scale=(1 - scale, 1 + scale),
+            translate_percent=(-shift, shift),
+            border_mode=1,  # replicate the edge: zero would be darker than the camera's offset
+            p=1.0,
         )
+    )
     compose = albu.Compose(steps)
 
     def apply(raw: Tensor, seed: int) -> Tensor:
@@ -68,6 +75,20 @@ def paired_geometry(
         return torch.from_numpy(np.ascontiguousarray(warped.transpose(0, 3, 1, 2)))
 
     return apply
+
+
+def mirror_and_turn(raw: Tensor, seed: int) -> Tensor:
+    """Give each square crop of a (B, C, Y, X) batch one of its 8 mirror images and quarter turns, drawn at random."""
+    if raw.dtype == torch.uint16:  # few kernels know it; moving pixels does not ask what they mean
+        return mirror_and_turn(raw.view(torch.int16), seed).view(torch.uint16)
+    drawn = torch.randint(8, (len(raw),), generator=torch.Generator().manual_seed(seed)).to(raw.device)
+    out = raw.clone()
+    for which in range(1, 8):
+        rows = (drawn == which).nonzero()[:, 0]
+        if len(rows):
+            turned = raw[rows].rot90(which % 4, (2, 3))
+            out[rows] = turned.flip(3) if which >= 4 else turned
+    return out
 
 
 def channel_intensity(*, gain: float, noise: float) -> Callable[[Tensor], Tensor] | None:

@@ -167,6 +167,9 @@ def evaluate(
         notes.insert(
             0, f"Predicted from {names}, which are not judged; read {names} for {panel.chromatin} as the source"
         )
+    if run.experiment.unstained:
+        hidden = ", ".join(run.experiment.unstained)
+        notes.insert(0, f"The model learnt as if groups lacked {hidden}; the floors and classifiers did not")
     if store.data_hash != run.contract.data_hash:
         notes.insert(
             0, f"{store.path} is not the store that trained the model; its groups are told apart by name alone"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,6 +57,9 @@ class Stage:
     monitored: bool = True
     augment: bool = True
     lr_decay: float = 0.0
+
+
+UNPAIRED = "learn from unpaired cells with configs/translator_unpaired.yaml, configs/cut.yaml or configs/cyclegan.yaml"
 
 
 class Method(nn.Module, ABC):
@@ -130,7 +133,10 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def validate(self, batch: Batch) -> LossTerms:
-        """Return the held-out loss of cells that were not trained on; lower is better."""
+        """Return the held-out loss of cells that were not trained on; lower is better.
+
+        Its `count` is 0 where the batch holds nothing that could be judged.
+        """
 
     @abstractmethod
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
@@ -153,9 +159,15 @@ class LatentMethod(Method):
         """Rebuild each measured stain from its own latents, with or without the specific one; (B, C, Y, X)."""
 
 
-def sum_terms(parts: Mapping[str, Tensor]) -> LossTerms:
-    """Sum weighted terms; the parts are detached for the log."""
-    return LossTerms(torch.stack([p.float() for p in parts.values()]).sum(), {k: v.detach() for k, v in parts.items()})
+def sum_terms(parts: Mapping[str, Tensor], count: int | None = None) -> LossTerms:
+    """Sum weighted terms, at least one; the parts are detached for the log."""
+    total = torch.stack([p.float() for p in parts.values()]).sum()
+    return LossTerms(total, {k: v.detach() for k, v in parts.items()}, count)
+
+
+def no_terms(parameters: Iterable[nn.Parameter]) -> LossTerms:
+    """Return a zero on the graph of the parameters: the loss of a batch that has nothing to tell."""
+    return LossTerms(torch.stack([0 * p.float().sum() for p in parameters]).sum(), {}, count=0)
 
 
 def refuse_unpaired(panel: Panel, measured: Tensor, sources: Sequence[int], name: str) -> None:
@@ -172,6 +184,25 @@ def refuse_unpaired(panel: Panel, measured: Tensor, sources: Sequence[int], name
             names = ", ".join(panel.markers[c] for c in sources)
             raise InputError(
                 f"{name} learns from cells that show {names} and {panel.markers[target]} together, and no training "
-                "cell does: leave the marker out (markers=...), or learn from unpaired cells with "
-                "configs/translator_unpaired.yaml, configs/cut.yaml or configs/cyclegan.yaml"
+                f"cell does: leave the marker out (markers=...), or {UNPAIRED}"
             )
+
+
+def with_partner(measured: Tensor, chromatin: int) -> Tensor:
+    """(N,) bool: which cells of (N, C) `measured` show chromatin and another stain."""
+    return measured[:, chromatin] & (measured.sum(1) > 1)
+
+
+def refuse_without_partner(measured: Tensor, chromatin: int, name: str) -> None:
+    """Refuse training cells of which none shows chromatin together with another stain.
+
+    Raises
+    ------
+    InputError
+        Names the configurations that need no such cells.
+    """
+    if not with_partner(measured, chromatin).any():
+        raise InputError(
+            f"{name} learns what stains share from cells that show chromatin and another stain together, and no "
+            f"training cell does: {UNPAIRED}"
+        )

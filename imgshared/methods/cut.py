@@ -2,6 +2,9 @@
 
 One generator G and one discriminator D of the target stains; the contrastive loss takes the place of the way back that
 CycleGAN learns. FastCUT is `nce_weight` 10, `identity_weight` 0 and `flip_equivariance`.
+
+Unlike the published code: the generator is CycleGAN's, with strided convolutions where CUT's resamples with a blur
+against aliasing, and has 6 blocks by default where CUT's has 9; and it moves before the discriminator, not after it.
 """
 
 from __future__ import annotations
@@ -82,7 +85,7 @@ class Cut(UnpairedMethod):
         """Translate the sources, not flipped."""
         return [self._translate(views.sources, views.towards, False)]
 
-    def discriminator_loss(self, views: Views, fakes: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    def discriminator_loss(self, views: Views, fakes: Sequence[Tensor]) -> LossTerms:
         """Real stains against the translations."""
         return self.judge(self.discriminator, views.reals, views.markers, fakes[0], views.towards)
 
@@ -90,9 +93,9 @@ class Cut(UnpairedMethod):
         """NCE of held-out sources: whether translations keep their structure, not whether they look like the stain."""
         views = self.draw_same(batch)
         if not len(views.sources):
-            return LossTerms(batch.images.new_zeros(()), {})
+            return LossTerms(batch.images.new_zeros(()), {}, count=0)
         fake = self._translate(views.sources, views.towards, False)
-        return sum_terms({"nce": self._nce(views.sources, fake, views.towards, False)})
+        return sum_terms({"nce": self._nce(views.sources, fake, views.towards, False)}, count=len(fake))
 
     def _translate(self, images: Tensor, markers: Tensor, flipped: bool) -> Tensor:
         translated: Tensor = self.generator(images.flip(3) if flipped else images, markers)

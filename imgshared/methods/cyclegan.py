@@ -95,21 +95,25 @@ class CycleGan(UnpairedMethod):
         """Translate the sources to their targets, and the targets to the source."""
         return [way.there(way.images, way.markers) for way in self._ways(views)]
 
-    def discriminator_loss(self, views: Views, fakes: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    def discriminator_loss(self, views: Views, fakes: Sequence[Tensor]) -> LossTerms:
         """Real stains against earlier and new translations, of the targets and of the source."""
         stains, towards = self.pool.exchange(fakes[0], views.towards)
         sources, markers = self.source_pool.exchange(fakes[1], views.markers)
-        target, right = self.judge(self.discriminator, views.reals, views.markers, stains, towards)
-        source, source_right = self.judge(self.source_discriminator, views.sources, views.towards, sources, markers)
-        return {name: target[name] + source[name] for name in target}, (right + source_right) / 2
+        target = self.judge(self.discriminator, views.reals, views.markers, stains, towards)
+        source = self.judge(self.source_discriminator, views.sources, views.towards, sources, markers)
+        parts = {name: target.parts[name] + source.parts[name] for name in target.parts}
+        return LossTerms(target.total + source.total, {**parts, "accuracy": parts["accuracy"] / 2})
 
     def validate(self, batch: Batch) -> LossTerms:
         """Mean absolute error of held-out stains after the way there and back, which tells nothing of what is there."""
         parts = {}
-        for way in self._ways(self.draw_same(batch)):
+        ways = self._ways(self.draw_same(batch))
+        if not ways:
+            return LossTerms(batch.images.new_zeros(()), {}, count=0)
+        for way in ways:
             returned = way.back(way.there(way.images, way.markers), way.markers)
             parts[f"{way.origin}/cycle"] = pixel_loss(returned, way.images, "l1")
-        return sum_terms(parts) if parts else LossTerms(batch.images.new_zeros(()), {})
+        return sum_terms(parts, count=sum(len(way.images) for way in ways))
 
     def _ways(self, views: Views) -> list[Way]:
         """Return both ways, or the one that has images."""

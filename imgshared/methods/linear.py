@@ -63,9 +63,9 @@ class Linear(PairedMethod):
         """Mean squared error over the measured targets of cells that show all sources."""
         pairs = self.pairs(batch)
         if not len(pairs.shown):
-            return LossTerms(batch.images.new_zeros(()), {})
-        predicted = self.ridge(pairs.sources)
-        return sum_terms({"l2": pixel_loss(predicted[pairs.shown], pairs.targets[pairs.shown], "l2")})
+            return LossTerms(batch.images.new_zeros(()), {}, count=0)
+        predicted = self.ridge(pairs.sources)[pairs.shown]
+        return sum_terms({"l2": pixel_loss(predicted, pairs.targets[pairs.shown], "l2")}, count=len(predicted))
 
     def predict(self, sources: Tensor) -> Prediction:
         """Predict by the fit so far."""

@@ -82,10 +82,6 @@ class PairedMethod(Method):
         images = batch.images[rows]
         return Pairs(images[:, sources], images[:, targets], shown[rows])
 
-    def nothing(self) -> Tensor:
-        """Return a zero on the graph of the parameters: the loss of a batch without any pair."""
-        return torch.stack([0 * p.float().sum() for p in self.parameters()]).sum()
-
     @abstractmethod
     def predict(self, sources: Tensor) -> Prediction:
         """Predict all targets, in order, from (B, S, Y, X) sources."""

@@ -10,16 +10,14 @@ from torch import Tensor
 
 from imgshared.config import Pix2pixConfig
 from imgshared.data.panel import Panel
-from imgshared.losses import adversarial_discriminator, adversarial_generator, pixel_loss, r1_penalty
-from imgshared.methods.base import ParameterGroup, Stage, sum_terms
+from imgshared.losses import adversarial_generator, pixel_loss
+from imgshared.methods.base import ParameterGroup, Stage, no_terms, sum_terms
+from imgshared.methods.game import BETAS, discriminator_terms, signs_of_defeat
 from imgshared.methods.paired import PairedMethod
 from imgshared.models.discriminator import PatchDiscriminator
 from imgshared.models.discriminator import check_fits as check_discriminator_fits
 from imgshared.models.unet import StridedUNet, check_fits
 from imgshared.types import Batch, LossTerms, Prediction
-
-BETAS = (0.5, 0.999)  # of Adam
-BEATEN = 0.99  # share of patches told right beyond which the discriminator teaches nothing
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class Pix2pix(PairedMethod):
         """
         shown = self._show(batch, player)
         if shown is None:
-            return LossTerms(self.nothing(), {})
+            return no_terms(self.parameters())
         return self._generator_loss(shown) if player == "generator" else self._discriminator_loss(shown)
 
     def _show(self, batch: Batch, player: str) -> Shown | None:
@@ -135,13 +133,7 @@ class Pix2pix(PairedMethod):
         c = self.config
         pairs = torch.cat([shown.sources, shown.real], 1).requires_grad_(c.r1_weight > 0)
         real, fake = self.discriminator(pairs, shown.markers), self._judge(shown, shown.fake.detach())
-        parts = {"adversarial": adversarial_discriminator(real, fake, c.adversarial)}
-        if c.r1_weight:
-            parts["r1"] = c.r1_weight * r1_penalty(real, pairs)
-        terms = sum_terms(parts)
-        middle = 0.5 if c.adversarial == "lsgan" else 0.0  # between what real and predicted patches should reach
-        right = (real > middle).float().mean() + (fake < middle).float().mean()
-        return LossTerms(terms.total, {**terms.parts, "accuracy": right.detach() / 2})
+        return discriminator_terms(real, fake, c.adversarial, r1=c.r1_weight, images=pairs)
 
     def _judge(self, shown: Shown, stain: Tensor) -> Tensor:
         logits: Tensor = self.discriminator(torch.cat([shown.sources, stain], 1), shown.markers)
@@ -151,9 +143,9 @@ class Pix2pix(PairedMethod):
         """Held-out L1, without its weight, over the measured targets of cells that show all sources."""
         pairs = self.pairs(batch)
         if not len(pairs.shown):
-            return LossTerms(self.nothing(), {})
+            return no_terms(self.parameters())
         predicted = self.generator(pairs.sources)[pairs.shown]
-        return sum_terms({"l1": pixel_loss(predicted, pairs.targets[pairs.shown], "l1")})
+        return sum_terms({"l1": pixel_loss(predicted, pairs.targets[pairs.shown], "l1")}, count=len(predicted))
 
     def predict(self, sources: Tensor) -> Prediction:
         """Predict by the generator."""
@@ -161,10 +153,4 @@ class Pix2pix(PairedMethod):
 
     def signs(self, values: Mapping[str, float]) -> list[str]:
         """Say where the discriminator wins every time."""
-        accuracy = values.get("discriminator/accuracy", 0.0)
-        if accuracy <= BEATEN:
-            return []
-        return [
-            f"the discriminator tells real from predicted every time ({100 * accuracy:.0f}% of the patches), so its "
-            "gradient is spent: lower method.lr_discriminator or set method.r1_weight"
-        ]
+        return signs_of_defeat(values, "method.r1_weight")

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from imgshared.config import RegressionConfig
 from imgshared.data.panel import Panel
 from imgshared.losses import pixel_loss
-from imgshared.methods.base import ParameterGroup, Stage, sum_terms
+from imgshared.methods.base import ParameterGroup, Stage, no_terms, sum_terms
 from imgshared.methods.paired import PairedMethod
+from imgshared.models.bounds import LOG_SCALE, soft_bound
 from imgshared.models.unet import UNet, check_fits
 from imgshared.types import Batch, LossTerms, Prediction
-
-SHARPEST, WIDEST = -6.0, 2.0  # log scale: a fraction of a camera count on [0, 1], and far beyond it
 
 
 class Regression(PairedMethod):
@@ -58,18 +56,17 @@ class Regression(PairedMethod):
         return self._loss(batch)
 
     def validate(self, batch: Batch) -> LossTerms:
-        """Return the loss of held-out cells."""
+        """Return the loss of held-out cells; its count is that of their pairs."""
         return self._loss(batch)
 
     def _loss(self, batch: Batch) -> LossTerms:
         pairs = self.pairs(batch)
         if not len(pairs.shown):
-            return LossTerms(self.nothing(), {})
+            return no_terms(self.parameters())
         mean, log_scale = self._run(pairs.sources)
-        log_scale = None if log_scale is None else log_scale[pairs.shown]
-        return sum_terms(
-            {self.config.error: pixel_loss(mean[pairs.shown], pairs.targets[pairs.shown], self.config.error, log_scale)}
-        )
+        mean, log_scale = mean[pairs.shown], None if log_scale is None else log_scale[pairs.shown]
+        error = pixel_loss(mean, pairs.targets[pairs.shown], self.config.error, log_scale)
+        return sum_terms({self.config.error: error}, count=len(mean))
 
     def predict(self, sources: Tensor) -> Prediction:
         """Predict means and, where the error has a scale, standard deviations; sqrt(2) b of a Laplace distribution."""
@@ -84,6 +81,4 @@ class Regression(PairedMethod):
         if not self.scaled:
             return out, None
         mean, raw = out.chunk(2, 1)
-        # bounded smoothly: beyond a clamp there is no gradient, and a pixel could not come back
-        half = (WIDEST - SHARPEST) / 2
-        return mean, SHARPEST + half * (1 + torch.tanh(raw / half))
+        return mean, soft_bound(raw, *LOG_SCALE)

@@ -11,14 +11,11 @@ from torch import Tensor, nn
 
 from imgshared.config import CutConfig, CycleGanConfig
 from imgshared.data.panel import Panel
-from imgshared.losses import adversarial_discriminator, r1_penalty
-from imgshared.methods.base import Method, ParameterGroup, Stage, sum_terms
+from imgshared.methods.base import Method, ParameterGroup, Stage, no_terms, sum_terms
+from imgshared.methods.game import BETAS, discriminator_terms, signs_of_defeat
 from imgshared.models.discriminator import PatchDiscriminator, check_fits
 from imgshared.models.resnet import ResnetGenerator
 from imgshared.types import Batch, InputError, LossTerms, Prediction
-
-BETAS = (0.5, 0.999)  # of Adam, in both papers
-SPENT = 0.99  # share of the patches told right, from which on the discriminator teaches nothing
 
 
 class Views(NamedTuple):
@@ -105,7 +102,7 @@ class UnpairedMethod(Method):
         """Return the images that `generator_loss` makes."""
 
     @abstractmethod
-    def discriminator_loss(self, views: Views, fakes: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    def discriminator_loss(self, views: Views, fakes: Sequence[Tensor]) -> LossTerms:
         """Return the discriminator's terms and its accuracy; no side of `views` is empty."""
 
     def prepare(self, measured: Tensor, seed: int) -> None:
@@ -129,9 +126,7 @@ class UnpairedMethod(Method):
         views, fakes = self._recall(batch)
         if not len(views.sources) or not len(views.reals):
             return self._nothing(player)
-        parts, accuracy = self.discriminator_loss(views, fakes)
-        terms = sum_terms(parts)
-        return LossTerms(terms.total, {**terms.parts, "accuracy": accuracy})
+        return self.discriminator_loss(views, fakes)
 
     def draw(self, batch: Batch) -> Views:
         """Draw a target marker for every cell with the source, and as many real stains of the same markers.
@@ -170,22 +165,16 @@ class UnpairedMethod(Method):
 
     def _nothing(self, player: str) -> LossTerms:
         """Return a zero on the graph of a player's parameters."""
-        parameters = [p for group in self.stages[0].groups[player] for p in group.parameters]
-        return LossTerms(torch.stack([0 * p.float().sum() for p in parameters]).sum(), {})
+        return no_terms(p for group in self.stages[0].groups[player] for p in group.parameters)
 
     def judge(
         self, discriminator: PatchDiscriminator, real: Tensor, markers: Tensor, fake: Tensor, towards: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    ) -> LossTerms:
         """Return the terms of one discriminator and the share of real and of fake patches that it tells right."""
         c = self.config
         real = real.detach().requires_grad_(c.r1_weight > 0)
         of_real, of_fake = discriminator(real, markers), discriminator(fake, towards)
-        parts = {"adversarial": adversarial_discriminator(of_real, of_fake, c.adversarial)}
-        if c.r1_weight:
-            parts["r1"] = c.r1_weight * r1_penalty(of_real, real)
-        middle = 0.5 if c.adversarial == "lsgan" else 0.0
-        right = torch.stack([(of_real > middle).float().mean(), (of_fake <= middle).float().mean()])
-        return parts, right.mean().detach()
+        return discriminator_terms(of_real, of_fake, c.adversarial, r1=c.r1_weight, images=real)
 
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
         """Predict stains from the source, in images of any size from 8 px on.
@@ -202,12 +191,7 @@ class UnpairedMethod(Method):
 
     def signs(self, values: Mapping[str, float]) -> list[str]:
         """Tell where the discriminator has won."""
-        found = [value for name, value in values.items() if name.rpartition("/")[2] == "accuracy" and value > SPENT]
-        return [
-            f"the discriminator tells real from predicted every time ({100 * value:.1f}% of the patches), so its "
-            "gradient is spent: lower method.lr_discriminator or set method.r1_weight"
-            for value in found
-        ]
+        return signs_of_defeat(values, "method.r1_weight")
 
 
 def made_discriminator(config: CutConfig | CycleGanConfig, markers: int) -> PatchDiscriminator:

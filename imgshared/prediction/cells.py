@@ -55,13 +55,17 @@ def predict_batches(
     full: bool = True,
     shared: bool = True,
     batch_size: int = 256,
+    targets: Sequence[int] | None = None,
 ) -> Iterator[PredictedCells]:
     """Yield predictions batch by batch, so that memory does not grow with the store.
 
     Parameters
     ----------
     sources
-        Markers to predict from; None is chromatin. A cell that lacks some is predicted from those that it has.
+        Markers to predict from; None is those that the method is bound to, else chromatin. A method that is bound to
+        none predicts a cell that lacks some from those that it has.
+    targets
+        Channels to predict, the others stay zero; None is all.
 
     Raises
     ------
@@ -83,7 +87,9 @@ def predict_batches(
         rows = cells[start : start + len(batch.index)]
         start += len(rows)
         with run.fabric.autocast():
-            images, shared_latents, specific_latents, scale = _infer(run, batch, chosen.to(device), full, shared)
+            images, shared_latents, specific_latents, scale = _infer(
+                run, batch, chosen.to(device), range(len(channels)) if targets is None else targets, full, shared
+            )
         yield PredictedCells(
             rows,
             _numpy(batch.images),
@@ -97,14 +103,14 @@ def predict_batches(
 
 
 def _infer(
-    run: Run, batch: Batch, chosen: Tensor, full: bool, shared: bool
+    run: Run, batch: Batch, chosen: Tensor, targets: Sequence[int], full: bool, shared: bool
 ) -> tuple[dict[str, Floats], dict[str, Floats], dict[str, Floats], Floats | None]:
     """Return images, shared latents and specific latents of a batch by name, and the predicted scale."""
     method, markers = run.method, run.panel.markers
     source = batch.measured & chosen
-    prediction = method.translate(batch.images, source, range(len(markers)))
-    images = {"predicted": prediction.mean}
-    scale = None if prediction.scale is None else _numpy(prediction.scale)
+    prediction = method.translate(batch.images, source, targets)
+    images = {"predicted": _in_place(prediction.mean, targets, len(markers))}
+    scale = None if prediction.scale is None else _numpy(_in_place(prediction.scale, targets, len(markers)))
     shared_latents: dict[str, Floats] = {}
     specific_latents: dict[str, Floats] = {}
     if isinstance(method, LatentMethod):
@@ -119,6 +125,13 @@ def _infer(
             if own.specific.shape[2]:
                 specific_latents[marker] = _numpy(own.specific[:, c].masked_fill(~known, torch.nan))
     return {name: _numpy(image) for name, image in images.items()}, shared_latents, specific_latents, scale
+
+
+def _in_place(images: Tensor, targets: Sequence[int], channels: int) -> Tensor:
+    """(B, T, Y, X) of the targets to (B, channels, Y, X), zero elsewhere."""
+    out = images.new_zeros(len(images), channels, *images.shape[2:])
+    out[:, list(targets)] = images
+    return out
 
 
 def _numpy(x: Tensor) -> Floats:

@@ -52,7 +52,13 @@ def predict(
     """
     config = config or PredictConfig()
     _refuse_unknown_wishes(run, config)
-    targets = list(dict.fromkeys(run.panel.indices(config.markers or run.panel.proteins)))
+    given = run.source_mask(config.sources)
+    others = [m for m, g in zip(run.panel.markers, given.tolist(), strict=True) if not g and m != run.panel.chromatin]
+    if not (config.markers or others):
+        raise InputError(
+            "every protein is a source, so nothing is left to predict: name markers=... or fewer sources=..."
+        )
+    targets = list(dict.fromkeys(run.panel.indices(config.markers or others)))
     here, source = Path(out).resolve(), store.path.resolve()
     if here == source or here in source.parents or source in here.parents:
         raise InputError(
@@ -88,7 +94,7 @@ def _predict_all(
     means, measured, done = [], [], 0
     batches = predict_batches(
         run, store, np.arange(len(store)), sources=config.sources, full=config.full, shared=config.shared,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size, targets=targets,
     )  # fmt: skip
     for part in batches:
         raw = {

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+STATISTICS = ("running_mean", "running_var")
+
 
 class Ema:
-    """Averaged parameters of a module (Polyak & Juditsky 1992); buffers stay as they are.
+    """Averaged parameters and batch statistics of a module (Polyak & Juditsky 1992); other buffers stay as they are.
 
     Parameters
     ----------
@@ -22,7 +24,8 @@ class Ema:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._live = dict(module.named_parameters())
+        self._live: dict[str, Tensor] = dict(module.named_parameters())
+        self._live |= {name: b for name, b in module.named_buffers() if name.endswith(STATISTICS)}
         self.values = {name: p.detach().clone() for name, p in self._live.items()}
 
     @torch.no_grad()

@@ -8,10 +8,11 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch.optim import Adam
@@ -23,32 +24,17 @@ from imgshared.data.store import CellStore
 from imgshared.methods.base import Method, Stage
 from imgshared.training.checkpoint import Contract, load, save
 from imgshared.training.devices import average_gradients, gather_rows, make_fabric
-from imgshared.training.ema import Ema
+from imgshared.training.ema import STATISTICS, Ema
 from imgshared.training.folder import begin_run, best_path, last_path, samples_path
 from imgshared.training.log import RunLog
-from imgshared.training.meter import Meter
+from imgshared.training.meter import MEASURE, Meter
+from imgshared.training.position import Position
 from imgshared.training.watch import CELLS, Watch, collapsed
 from imgshared.types import Batch, InputError
 
-SETTLED = 0.2  # of a stage: before that every method looks collapsed
+SETTLED = 0.34  # of a stage: before that every method looks collapsed
 FEW_CELLS = 100  # of a marker, below which a user is warned
 SHOWN = ("loss", "full", "shared", "cross", "error", "l1", "nce", "cycle", "adversarial", "kl", "z_shared")
-
-
-@dataclass
-class Position:
-    """How far a run is: everything that decides what the next step does, but the weights."""
-
-    stage: int = 0
-    epoch: int = 0
-    step: int = 0  # of the epoch, done
-    total: int = 0  # steps done in all
-    best: float = math.inf
-    waited: int = 0  # validations since the best
-    smooth: float = math.nan  # exponential mean of the loss without its adversarial terms
-    smooth_first: float = math.nan
-    smooth_best: float = math.inf
-    terms: list[str] = field(default_factory=list)  # that the loss has had so far
 
 
 class Diverged(InputError):
@@ -96,7 +82,9 @@ class Trainer:
         torch.manual_seed(mix(experiment.seed))
         method = build_method(experiment.method, panel, store.crop_px)
         tree = self._saved(run) if resume else {}
-        cells = {part: (split.assign(store.obs) == part).nonzero()[0] for part in ("train", "val")}
+        parts, some_stain = split.assign(store.obs), measured.any(1)
+        cells = {part: ((parts == part) & some_stain).nonzero()[0] for part in ("train", "val")}
+        self._unstained = int((parts == "train").sum()) - len(cells["train"])
         self._stained = torch.from_numpy(measured[cells["train"]])
         method.prepare(self._stained, mix(experiment.seed, 1))
         if method.tables and self.config.balance == "panels":
@@ -214,22 +202,15 @@ class Trainer:
         at = self.position
         steps, cells_per_s, values = meter.take(self.fabric)
         self._last = values
-        if not values.keys() <= set(at.terms):  # the sum of more terms is another measure
-            at.terms = sorted({*at.terms, *values})
-            at.smooth, at.smooth_first, at.smooth_best = math.nan, math.nan, math.inf
-        loss = values["loss"] - sum(v for name, v in values.items() if name == "adversarial")
-        at.smooth = loss if math.isnan(at.smooth) else 0.9 * at.smooth + 0.1 * loss
-        at.smooth_first = at.smooth if math.isnan(at.smooth_first) else at.smooth_first
-        size = max(abs(at.smooth_best), 0.1 * abs(at.smooth_first)) if math.isfinite(at.smooth_best) else math.inf
+        measure = values.pop(MEASURE, 0.0)
         finite = all(map(math.isfinite, values.values()))
-        if not finite or at.smooth > at.smooth_best + self.config.diverged * size:
-            what = f"grew to {loss:.3g}" if finite else "is not a number"
+        if not finite or at.diverges(measure, values, self.config.diverged):
+            what = f"grew to {measure:.3g}" if finite else "is not a number"
             raise Diverged(
                 f"the loss {what} in stage {stage.name}, epoch {at.epoch}, step {at.total}. "
                 f"The last good checkpoint is kept in {self.run}. "
                 "Try a smaller learning rate (method.lr...), or train.precision=float32"
             )
-        at.smooth_best = min(at.smooth_best, at.smooth)
         self.log.record(at.total, at.epoch, stage.name, "train", values | {"cells_per_s": cells_per_s})
         shown = {k: v for k, v in values.items() if k.rpartition("/")[2] in SHOWN and not k.startswith("discr")}
         self.log.advance(steps, cells_per_s, "  ".join(f"{k} {v:.4f}" for k, v in list(shown.items())[:4]))
@@ -238,24 +219,30 @@ class Trainer:
     def _validate(self, stage: Stage) -> None:
         """Look at the held-out cells with the weights that predict; keep the best of them."""
         at, feed = self.position, self.feeds["val"]
-        if not len(feed) or (at.epoch + 1) % self.config.validate_every or not stage.validated:
+        if (at.epoch + 1) % self.config.validate_every or not stage.validated:
             return
-        self._same_buffers()
+        torch.manual_seed(mix(self.experiment.seed, at.stage, at.epoch, self.fabric.global_rank, 1))
+        self._same_statistics()
         self.method.eval()
+        self.method.progress = (at.epoch + 1) / stage.epochs
         meter = Meter()
-        with self.ema.in_place() if self.ema else nullcontext():
-            for batch in feed.once(max(1, self.config.batch_size)):
-                with self.fabric.autocast():
-                    meter.add(self.method.validate(batch), weight=len(batch.index))
-            with self.fabric.autocast():
-                spread, picture = self.watch.look(self.method, at.total)
+        with self.ema.in_place() if self.ema else nullcontext(), self.fabric.autocast():
+            for batch in feed.once(max(1, self.config.batch_size)) if len(feed) else ():
+                terms = self.method.validate(batch)
+                weight = len(batch.index) if terms.count is None else terms.count
+                if weight:
+                    meter.add(terms, weight=weight)
+            spread, picture = self.watch.look(self.method, at.total)
         self.method.start(stage)
         values = meter.take(self.fabric)[2]
+        values.pop(MEASURE, None)
         self.log.record(at.total, at.epoch, stage.name, "val", values | spread)
         self.log.picture(picture, at.total)
         if self.method.progress > SETTLED:
             self._warn([*self.method.signs(self._last), *collapsed(spread)])
-        if stage.monitored and values["loss"] < at.best:
+        if stage.monitored and "loss" not in values:
+            self._warn(["no held-out cell can be judged, so nothing stops early and `best` is the end of the training"])
+        elif stage.monitored and values["loss"] < at.best:
             at.best, at.waited = values["loss"], 0
             self._save(best=True)
         else:
@@ -271,16 +258,18 @@ class Trainer:
 
     def _few_cells(self) -> Iterator[str]:
         counts = self._stained.sum(0).tolist()
+        if self._unstained:
+            yield f"[yellow]note:[/] {self._unstained} training cells show no stain of the panel and are left out"
         for marker, count in zip(self.contract.panel.markers, counts, strict=True):
             if count < FEW_CELLS:
                 yield f"[yellow]note:[/] {marker} is measured in {count} training cells alone: expect little of it"
 
     def _watch(self) -> Watch:
-        """Choose held-out cells all over the store; the same ones in every run of the same split."""
-        val, panel = self.feeds["val"], self.contract.panel
-        some = slice(None, None, max(1, len(val) // CELLS))
-        feed = replace(val, cells=val.cells[some], stained=None, residency="memory", rank=0, world=1)
-        images = next(feed.once(CELLS)) if len(val) else None
+        """Choose cells all over the held-out ones (else the training ones); the same in every run of the same split."""
+        feed, panel = self.feeds["val"] if len(self.feeds["val"]) else self.feeds["train"], self.contract.panel
+        some = np.unique(np.linspace(0, len(feed) - 1, CELLS).round().astype(int))
+        few = replace(feed, cells=feed.cells[some], stained=None, residency="memory", rank=0, world=1)
+        images = next(few.once(CELLS))
         folder = samples_path(self.run) if self.fabric.is_global_zero else None
         return Watch(images, self.method.sources or (panel.chromatin_index,), panel, folder)
 
@@ -345,18 +334,24 @@ class Trainer:
         wish = self.config.residency
         here = len(cells) * fabric.world_size  # every rank of this host holds them
         residency = choose_residency(wish, store, here, len(channels), fabric.device)
-        if residency == "device" and self.augment.geometry:
-            residency = "memory"  # albumentations works on the host
+        if residency == "device" and self.augment.on_host:
+            if wish == "device":
+                raise InputError(
+                    "train.residency=device: rotate_deg, scale and shift are done on the host; use flips alone, or "
+                    "train.residency=memory"
+                )
+            residency = "memory"
         return Feed(
             store, cells, channels, self.contract.normaliser, fabric.device, residency, self.config.batch_size,
             self.experiment.seed, fabric.global_rank, fabric.world_size, self.config.balance, stained,
         )  # fmt: skip
 
-    def _same_buffers(self) -> None:
-        """Batch statistics are per rank: take those of rank 0."""
+    def _same_statistics(self) -> None:
+        """Batch statistics are per rank: take those of rank 0; image pools stay each rank's own."""
         if self.fabric.world_size > 1:
-            for buffer in self.method.buffers():
-                torch.distributed.broadcast(buffer, 0)
+            for name, buffer in self.method.named_buffers():
+                if name.endswith(STATISTICS):
+                    torch.distributed.broadcast(buffer, 0)
 
     @contextmanager
     def _on_interrupt(self) -> Iterator[None]:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from imgshared.types import LossTerms
 
+MEASURE = "measure"  # the loss without its adversarial part, step by step
+
 
 class Meter:
     """Sums losses on the device, so that a step does not wait for a number."""
@@ -23,8 +25,11 @@ class Meter:
         self._sums: dict[str, tuple[Tensor, float]] = {}  # sum and its weight: a batch may lack a term
 
     def add(self, terms: LossTerms, prefix: str = "", weight: float = 1.0) -> None:
-        """Add a player's terms, named ``<prefix>loss`` and ``<prefix><part>``."""
-        for name, value in {"loss": terms.total.detach(), **terms.parts}.items():
+        """Add a player's terms, named ``<prefix>loss`` and ``<prefix><part>``; without a prefix also `MEASURE`."""
+        values = {"loss": terms.total.detach(), **terms.parts}
+        if not prefix:  # what a watcher of divergence may look at: without the moves of the game
+            values[MEASURE] = values["loss"] - values.get("adversarial", 0.0)
+        for name, value in values.items():
             total, weights = self._sums.get(prefix + name, (torch.zeros_like(value), 0.0))
             self._sums[prefix + name] = (total + value.float() * weight, weights + weight)
 

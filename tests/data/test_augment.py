@@ -96,3 +96,15 @@ def test_geometry_is_refused_for_free_latents(key):
         build_augment(config, ApolloConfig())
     assert build_augment(config, ApolloConfig(one_step=True)).geometry is not None
     assert build_augment(AugmentConfig(noise=0.1), ApolloConfig()).change is not None
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_all_eight_mirror_images_and_turns_occur_and_nothing_else(dtype):
+    one = torch.arange(9).reshape(1, 1, 3, 3).to(torch.int64)
+    square = {tuple(np.rot90(f, k).ravel()) for f in (one[0, 0].numpy(), one[0, 0].numpy().T) for k in range(4)}
+    raw = torch.from_numpy(np.repeat(one.numpy(), 400, 0).astype(dtype))
+    turned = paired_geometry(**OFF | {"flips": True})(raw, 5)
+    assert turned.dtype == raw.dtype
+    seen = [tuple(crop.ravel()) for crop in turned.to(torch.int64).numpy()[:, 0]]
+    assert set(seen) == square
+    assert min(seen.count(s) for s in square) > 25  # of 50 expected

@@ -214,7 +214,8 @@ def test_the_translators_latents_are_written(translator, toy, tmp_path):
     assert data.obsm["X_shared"].shape == (80, sum(widths))
     assert data.obsm["X_P2"].shape == (80, 4 + 6 - sum(widths))
     assert np.isnan(data.obsm["X_P2"]).all(1).tolist() == (~toy.measured[:, 2]).tolist()
-    assert not data.obsm["full_images"][~toy.measured[:, 2], 1].any()
+    assert list(data.var_names) == ["P2"]  # what is given is not predicted
+    assert not data.obsm["full_images"][~toy.measured[:, 2], 0].any()
 
 
 def test_cells_without_any_source_are_refused(trained_run, toy, tmp_path):

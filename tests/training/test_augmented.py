@@ -7,17 +7,28 @@ from rich.console import Console
 from imgshared.config import AugmentConfig
 from imgshared.training.log import read_metrics
 from imgshared.training.loop import train
+from imgshared.types import InputError
 
 
-@pytest.mark.parametrize("change", [{"scale": 0.2}, {"shift": 0.1}, {"flips": True}, {"noise": 0.1}])
-def test_geometry_works_on_the_host_wherever_the_crops_were_wanted(tiny, tmp_path, change):
-    experiment = dataclasses.replace(
+def augmented(tiny, residency, **change):
+    return dataclasses.replace(
         tiny,
         augment=AugmentConfig(**change),
         method=dataclasses.replace(tiny.method, one_step=True, latent_epochs=1, encoder_epochs=30),
-        train=dataclasses.replace(tiny.train, residency="device"),
+        train=dataclasses.replace(tiny.train, residency=residency),
     )
+
+
+@pytest.mark.parametrize("change", [{"flips": True}, {"noise": 0.1}])
+def test_flips_and_intensity_work_where_the_crops_are(tiny, tmp_path, change):
     said = io.StringIO()
-    train(experiment, tmp_path / "run", console=Console(file=said, width=300))
-    assert ("crops in device memory" in said.getvalue()) == ("noise" in change)
+    train(augmented(tiny, "device", **change), tmp_path / "run", console=Console(file=said, width=300))
+    assert "crops in device memory" in said.getvalue()
     assert {r["stage"] for r in read_metrics(tmp_path / "run")} == {"one_step"}
+
+
+@pytest.mark.parametrize("change", [{"scale": 0.2}, {"shift": 0.1}, {"rotate_deg": 5.0}])
+def test_other_geometry_works_on_the_host_alone(tiny, tmp_path, change):
+    with pytest.raises(InputError, match="residency=device: rotate_deg, scale and shift are done on the host"):
+        train(augmented(tiny, "device", **change), tmp_path / "run", console=Console(file=io.StringIO()))
+    train(augmented(tiny, "memory", **change), tmp_path / "other", console=Console(file=io.StringIO()))

@@ -116,7 +116,7 @@ def test_files_of_something_else_are_refused(tmp_path):
 
 def test_another_format_is_refused_with_both_versions(path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 99)
-    with pytest.raises(InputError, match=r"checkpoint format 1 \(imgshared 0.* reads format 99"):
+    with pytest.raises(InputError, match=r"checkpoint format 2 \(imgshared 0.* reads format 99"):
         load(path)
 
 

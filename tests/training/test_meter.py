@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from imgshared.training.meter import Meter
+from imgshared.training.meter import MEASURE, Meter
 from imgshared.types import LossTerms
 
 ALONE: Any = SimpleNamespace(world_size=1)
@@ -25,7 +25,8 @@ def test_a_term_is_averaged_over_the_batches_that_have_it() -> None:
     meter.add(terms(1.0, full=4.0), weight=1)
     meter.add(terms(5.0, full=8.0, cross=2.0), weight=3)
     values = meter.take(ALONE)[2]
-    assert values == {"loss": pytest.approx(4), "full": pytest.approx(7), "cross": pytest.approx(2)}
+    want = {"loss": 4, "full": 7, "cross": 2, MEASURE: 4}
+    assert values == {name: pytest.approx(value) for name, value in want.items()}
 
 
 def test_players_are_told_apart() -> None:
@@ -37,7 +38,15 @@ def test_players_are_told_apart() -> None:
     steps, cells_per_s, values = meter.take(ALONE)
     assert steps == 2
     assert cells_per_s > 0
-    assert values == {"loss": 1, "adversarial": 2, "discriminator/loss": 3, "discriminator/adversarial": 4}
+    named = {"loss": 1, "adversarial": 2, "discriminator/loss": 3, "discriminator/adversarial": 4}
+    assert values == {**named, MEASURE: -1}  # the loss without what is no measure of success
+
+
+def test_a_term_that_joins_late_is_taken_off_where_it_was() -> None:
+    meter = Meter()
+    meter.add(terms(0.3))
+    meter.add(terms(0.8, adversarial=0.5))
+    assert meter.take(ALONE)[2][MEASURE] == pytest.approx(0.3)
 
 
 def test_it_begins_anew_after_each_report_and_half_precision_adds_up() -> None:
@@ -48,4 +57,4 @@ def test_it_begins_anew_after_each_report_and_half_precision_adds_up() -> None:
     assert meter.take(ALONE)[::2] == (0, {})
     for _ in range(1000):
         meter.add(LossTerms(torch.tensor(1.0, dtype=torch.bfloat16), {}))
-    assert meter.take(ALONE)[2] == {"loss": 1.0}  # a bfloat16 sum would stop at 256
+    assert meter.take(ALONE)[2]["loss"] == 1.0  # a bfloat16 sum would stop at 256
