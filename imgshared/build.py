@@ -130,7 +130,19 @@ def _refuse_ignored(config: MethodConfig) -> None:
             ignored = {name: f"method.one_step={str(config.one_step).lower()}" for name in
                        (two_step if config.one_step else ("kl_weight", "match_weight"))}  # fmt: skip
         case TranslatorConfig():
+            if not any(weight for name, weight in dataclasses.asdict(config.weights).items() if name != "r1"):
+                raise InputError("method.weights: all are 0, so there is nothing to learn: set full, shared or cross")
             ignored = _ignored_by_translator(config)
+        case CutConfig(nce_weight=0):
+            contrastive = ("identity_weight", "temperature", "patches", "nce_layers", "negatives")
+            ignored = dict.fromkeys(contrastive, "method.nce_weight=0")
+        case CycleGanConfig(cycle_weight=0) if config.identity_weight:
+            raise InputError(
+                "method.identity_weight is relative to method.cycle_weight and has no effect where that is 0: set both "
+                "to 0"
+            )
+        case MvaeConfig(beta=0):
+            ignored = {"anneal": "method.beta=0"}
         case _:
             return
     for name, reason in ignored.items():
@@ -151,6 +163,8 @@ def _ignored_by_translator(config: TranslatorConfig) -> dict[str, str]:
         (not w.independence, "method.weights.independence=0", ("independence",)),
         (not (w.adversarial or w.patch_nce or w.cycle), "no translation term", ("translation_from",)),
         (config.fusion == "mean", "method.fusion=mean", ("weights.kl",)),
+        (config.fusion == "product" and not w.full, "method.fusion=product and method.weights.full=0",
+         ("latent_noise",)),
         (config.head != "mean", f"method.head={config.head}", ("error",)),
     )  # fmt: skip
     return {name: reason for ignored, reason, names in groups if ignored for name in names}

@@ -81,6 +81,7 @@ EDITIONS = {
             "fastcut": (FLIPS, "method.width=16", "train.batch_size=4"),
             "cyclegan": (FLIPS, "method.width=16", "train.batch_size=4"),
             "mvae": (FLIPS, "method.proteins_per_step=3"),
+            "translator": ("train.batch_size=8",),
         },
     ),
     "full": Edition(
@@ -99,7 +100,8 @@ EDITIONS = {
             "mvae": (FLIPS, "method.channels=[64,128,256,256,96]", "method.latent_dim=512",
                      "method.proteins_per_step=3"),
             "apollo": ("method.channels=[64,128,256,256,96]", "method.shared_dim=1024", "method.specific_dim=200"),
-            "translator": ("method.channels=[64,96,128,192,256]", "method.marker_dim=64", "train.batch_size=64"),
+            "translator": ("method.channels=[64,96,128,192,256]", "method.marker_dim=64", "train.batch_size=64",
+                           "method.discriminator_channels=[64,128,256]"),
         },
     ),
 }  # fmt: skip

@@ -48,6 +48,34 @@ def test_a_setting_of_a_term_that_is_off_is_refused(setting: str, reason: str) -
     assert str(refused.value) == f"method.{setting.partition('=')[0]} has no effect with {reason}: leave it out"
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["name=cut", "nce_weight=0", "temperature=0.1"], "method.temperature has no effect with method.nce_weight=0"),
+        (["name=cut", "nce_weight=0", "nce_layers=[0]"], "method.nce_layers has no effect with method.nce_weight=0"),
+        (["name=cut", "nce_weight=0", "patches=7"], "method.patches has no effect with method.nce_weight=0"),
+        (["name=cut", "nce_weight=0", "negatives=batch"], "method.negatives has no effect with method.nce_weight=0"),
+        (["name=cut", "nce_weight=0", "identity_weight=0"], "method.identity_weight has no effect with method.nce_w"),
+        (["name=cyclegan", "cycle_weight=0"], "method.identity_weight is relative to method.cycle_weight"),
+        (["name=mvae", "beta=0", "anneal=0.5"], "method.anneal has no effect with method.beta=0"),
+        (["name=translator", "fusion=product", "weights.full=0", "latent_noise=1"], "method.latent_noise has no eff"),
+        (["name=translator", *(f"weights.{term}=0" for term in ("full", "shared", "cross"))], "method.weights: all a"),
+    ],
+)  # fmt: skip
+def test_what_other_methods_would_ignore_is_refused(settings: list[str], said: str) -> None:
+    with pytest.raises(InputError) as refused:
+        build(*(f"method.{setting}" for setting in settings))
+    assert str(refused.value).startswith(said)
+
+
+def test_terms_may_be_off_and_noise_is_on_the_specific_maps_of_a_product() -> None:
+    small = ["method.discriminator_channels=[4]"]
+    build("method.name=cut", "method.nce_weight=0", *small)
+    build("method.name=cyclegan", "method.cycle_weight=0", "method.identity_weight=0", *small)
+    build("method.name=mvae", "method.channels=[4,6]", "method.beta=0")
+    build(*TRANSLATOR, "method.fusion=product", "method.latent_noise=1")
+
+
 @pytest.mark.parametrize("head", ["laplace", "gaussian"])
 def test_the_error_of_a_head_with_a_scale_is_its_likelihood(head: str) -> None:
     with pytest.raises(InputError, match=f"method.error has no effect with method.head={head}"):
@@ -66,7 +94,9 @@ def test_with_the_term_on_its_settings_are_taken() -> None:
 
 
 def test_a_discriminator_must_fit_the_crops() -> None:
-    with pytest.raises(InputError, match=r"method\.discriminator_channels: .* at least 24 px, these have 16"):
+    with pytest.raises(
+        InputError, match=r"method\.discriminator_channels: .* patches of 70 px, larger than the crops of 16 px: name 2"
+    ):
         build(*TRANSLATOR, "method.weights.adversarial=1", "method.discriminator_channels=[4,4,4,4]")
 
 

@@ -55,7 +55,7 @@ class TranslatorWeights:
     adversarial: Weight = 0.0  # a discriminator takes translated for real stains
     r1: Weight = 0.0  # gradient penalty of the discriminator on real stains
     cycle: Weight = 0.0  # a translated stain, translated back, is the source
-    identity: Weight = 0.0  # a stain translated to itself stays as it is
+    identity: Weight = 0.0  # L1 of a stain translated to itself (CycleGAN)
     norm: Weight = 0.0  # size of the latents (apollo)
     kl: Weight = 0.0  # beta: KL of the shared maps to a standard normal; fusion = product only
 
@@ -65,8 +65,10 @@ class TranslatorConfig:
     """translator: shared and specific feature maps of each stain, any subset of stains to any other."""
 
     name: Literal["translator"] = "translator"
-    backbone: str = "conv"  # this project's own pyramid, or the name of a timm model
-    encoders: Literal["modality", "marker"] = "modality"  # chromatin and (marker-conditioned) protein, or one a marker
+    # this project's own pyramid, the only one surely without statistics over the image, or the name of a timm model
+    backbone: str = "conv"
+    # one for chromatin and one for all proteins, told the marker (within "conv", at the outputs of timm's), or one each
+    encoders: Literal["modality", "marker"] = "modality"
     channels: Channels = (32, 48, 64, 96)  # of the levels at 1/2, 1/4, ... of the resolution
     shared_fraction: Probability = 0.75  # of the channels of every level; the rest is specific
     fusion: Literal["mean", "product"] = "mean"  # of the visible stains' shared maps; product: of Gaussian experts
@@ -77,7 +79,7 @@ class TranslatorConfig:
     hide: Probability = 0.5  # of the stains of the other cells; one always stays visible
     visible_proteins: Count | None = 2  # at most so many of a cell's proteins are shown in a step; None: all
     hidden_proteins: Count | None = 4  # at most so many hidden stains of a cell are predicted in a step; None: all
-    latent_noise: Weight = 0.0  # standard deviation of noise on the maps
+    latent_noise: Weight = 0.0  # standard deviation of noise on the maps; product: on the specific ones alone
     weights: TranslatorWeights = dataclasses.field(default_factory=TranslatorWeights)
     translation_from: Probability = 0.0  # the part of the training before which patch_nce, adversarial and cycle rest
     agreement: Literal["infonce", "triplet"] = "infonce"
@@ -86,10 +88,10 @@ class TranslatorConfig:
     patches: Count = 64  # positions a level, of patch_nce
     negatives: Literal["image", "batch"] = "image"  # of patch_nce
     adversarial: Adversarial = "lsgan"
-    discriminator_channels: Channels = (32, 64, 128)
+    discriminator_channels: Channels = (16, 32, 64)
     discriminator_sees_source: bool = False  # it judges (source, stain) pairs: for cells stained together
     epochs: Count = 60
-    lr: Positive = 1e-3
+    lr: Positive = 2e-3
     lr_discriminator: Positive = 2e-4
     lr_decay: Probability = 0.5  # the last part of the training, over which the learning rates fall to zero
 
@@ -100,7 +102,7 @@ class LinearConfig:
 
     name: Literal["linear"] = "linear"
     sources: tuple[str, ...] | None = None  # None: chromatin
-    sigmas: Annotated[tuple[float, ...], Field(min_length=1)] = (0, 1, 2, 4, 8, 16, 32)  # px
+    sigmas: Annotated[tuple[Weight, ...], Field(min_length=1)] = (0, 1, 2, 4, 8, 16, 32)  # px
     ridge: Positive = 1e-5  # relative to the mean squared feature
     pixels: Count = 256  # of each crop that are fitted on
 
@@ -169,7 +171,7 @@ class CycleGanConfig:
     width: Count = 32
     blocks: Count = 6
     cycle_weight: Weight = 10.0
-    identity_weight: Weight = 0.5  # relative to cycle_weight
+    identity_weight: Weight = 0.5  # relative to cycle_weight; 0 where that is 0
     buffer: Annotated[int, Field(ge=0)] = 50  # earlier translations that the discriminators are shown again
     discriminator_channels: Channels = (32, 64, 128)
     adversarial: Adversarial = "lsgan"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from imgshared.config import ApolloConfig
 from imgshared.losses import gaussian_kl, latent_norm, reconstruction
-from imgshared.methods.base import LatentMethod, ParameterGroup, Stage, sum_terms
+from imgshared.methods.base import LatentMethod, ParameterGroup, Stage, refuse_without_partner, sum_terms
 from imgshared.models.decoder import LatentDecoder
 from imgshared.models.encoder import SplitEncoder
 from imgshared.models.latents import LatentTable
@@ -89,7 +89,14 @@ class Apollo(LatentMethod):
         ]
 
     def prepare(self, measured: Tensor, seed: int) -> None:
-        """Give every training cell its latents: one shared row, and one specific row a measured stain."""
+        """Give every training cell its latents: one shared row, and one specific row a measured stain.
+
+        Raises
+        ------
+        InputError
+            Where no cell shows chromatin and another stain.
+        """
+        refuse_without_partner(measured, self.chromatin, self.config.name)
         if self.config.one_step:
             self.tables = {}
             return
@@ -191,7 +198,7 @@ class Apollo(LatentMethod):
             if s.modality == "protein":
                 predicted = self._decode(s, of_chromatin[s.cells], None)
                 parts["protein/predicted"] = reconstruction(predicted, target, kind)
-        return sum_terms(parts)
+        return sum_terms(parts) if parts else LossTerms(batch.images.new_zeros(()), {}, count=0)
 
     def encode(self, images: Tensor, measured: Tensor) -> Latents:
         """Encode each measured stain; the fused shared latent is the mean of what the stains say."""

@@ -43,15 +43,6 @@ class Stains(NamedTuple):
         return first, first + 1 + (torch.rand(len(first), device=first.device) * others).long()
 
 
-def draw_stains(measured: Tensor, chromatin: int, proteins_per_cell: int | None) -> Stains:
-    """List the stains of (B, C) `measured`; of each cell's proteins at most so many, drawn at random. All visible."""
-    proteins = measured.clone()
-    proteins[:, chromatin] = False
-    keep = at_most(proteins, proteins_per_cell)
-    keep[:, chromatin] = measured[:, chromatin]
-    return list_stains(keep, torch.zeros_like(keep), chromatin)
-
-
 def list_stains(visible: Tensor, hidden: Tensor, chromatin: int) -> Stains:
     """List the stains that either of two disjoint (B, C) bool masks marks."""
     order = [chromatin, *(c for c in range(visible.shape[1]) if c != chromatin)]

@@ -8,6 +8,7 @@ embedding, so a cell needs only its own stains.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from imgshared.config import MvaeConfig
 from imgshared.data.panel import Panel
 from imgshared.losses import kl_per_dimension, reconstruction
-from imgshared.methods.base import LatentMethod, ParameterGroup, Stage, sum_terms
-from imgshared.methods.draws import draw_stains
+from imgshared.methods.base import LatentMethod, ParameterGroup, Stage, refuse_without_partner, sum_terms
+from imgshared.methods.draws import at_most
 from imgshared.models.decoder import LatentDecoder
 from imgshared.models.encoder import SplitEncoder
+from imgshared.models.fusion import fuse_product
 from imgshared.types import Batch, Latents, LossTerms, Prediction
 
 LOG_STD = 6.0  # an expert's log standard deviation is kept within +- this, where its precision is finite
@@ -29,10 +31,10 @@ COLLAPSED = 0.05  # of the latent dimensions in use
 
 
 class Experts(NamedTuple):
-    """What each stain says of the latent: Gaussians, (B, C, D) float32 each; precision 0 where nothing is said."""
+    """What each stain says of the latent: Gaussians, (B, C, D) float32 each; zero where nothing is said."""
 
     mean: Tensor
-    precision: Tensor
+    log_std: Tensor
 
 
 class Mvae(LatentMethod):
@@ -78,6 +80,11 @@ class Mvae(LatentMethod):
         c = self.config
         return c.beta * min(1.0, self.progress / c.anneal) if c.anneal else c.beta
 
+    def prepare(self, measured: Tensor, seed: int) -> None:
+        """Refuse cells of which none shows chromatin and another stain."""
+        super().prepare(measured, seed)
+        refuse_without_partner(measured, self.chromatin, self.config.name)
+
     def loss(self, batch: Batch, player: str) -> LossTerms:
         """Negative ELBO of all stains of a cell, of each alone and of random subsets (eq. 5), mean over the cells.
 
@@ -89,15 +96,17 @@ class Mvae(LatentMethod):
         `active_dimensions`, the number of latent dimensions whose KL, given all stains and averaged over the batch,
         exceeds 0.01 nats, is no term of the loss.
         """
-        stains = draw_stains(batch.measured, self.chromatin, self.config.proteins_per_step)
-        shown = torch.zeros_like(batch.measured)
-        shown[stains.cells, stains.channels] = True
+        proteins = batch.measured.clone()
+        proteins[:, self.chromatin] = False
+        shown = at_most(proteins, self.config.proteins_per_step)
+        shown[:, self.chromatin] = batch.measured[:, self.chromatin]
         subsets = [random_subsets(shown) for _ in range(self.config.subsets)]
         return self._negative_elbo(batch, shown, subsets, self.beta)
 
     def validate(self, batch: Batch) -> LossTerms:
         """Negative ELBO of all stains of a cell and of each alone, with the full beta; z is drawn, as in training."""
-        return self._negative_elbo(batch, batch.measured, [], self.config.beta)
+        terms = self._negative_elbo(batch, batch.measured, [], self.config.beta)
+        return replace(terms, count=None if batch.measured.any() else 0)
 
     def _negative_elbo(
         self, batch: Batch, shown: Tensor, subsets: Sequence[tuple[Tensor, Tensor]], beta: float
@@ -110,7 +119,7 @@ class Mvae(LatentMethod):
         owner, masks = (torch.cat(part) for part in zip(everything, alone, *subsets, strict=True))
 
         experts = self._encode_stains(batch.images, shown)
-        mean, log_std = product_of_experts(experts.mean[owner], experts.precision[owner] * masks[..., None])
+        mean, log_std = _posteriors(experts, owner, masks)
         z = mean + log_std.exp() * torch.randn_like(mean)
         parts = {}
         for modality, rows, channels in self._by_modality(masks):
@@ -126,8 +135,10 @@ class Mvae(LatentMethod):
     def encode(self, images: Tensor, measured: Tensor) -> Latents:
         """Return posterior means: of all marked stains together, and of each alone; nothing is specific."""
         experts = self._encode_stains(images, measured)
-        shared, _ = product_of_experts(*experts)
-        each, _ = product_of_experts(experts.mean[:, :, None], experts.precision[:, :, None])
+        shared, _ = _posteriors(experts, torch.arange(len(measured), device=measured.device), measured)
+        cells, channels = measured.nonzero(as_tuple=True)
+        each = torch.zeros_like(experts.mean)
+        each[cells, channels], _ = _posteriors(experts, cells, F.one_hot(channels, measured.shape[1]).bool())
         return Latents(shared, each, shared.new_zeros(*measured.shape, 0), measured)
 
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
@@ -170,14 +181,13 @@ class Mvae(LatentMethod):
 
     def _encode_stains(self, images: Tensor, shown: Tensor) -> Experts:
         shape = (*shown.shape, self.config.latent_dim)
-        mean, precision = (images.new_zeros(shape, dtype=torch.float32) for _ in range(2))
+        mean, log_std = (images.new_zeros(shape, dtype=torch.float32) for _ in range(2))
         for modality, cells, channels in self._by_modality(shown):
             condition = self._condition(modality, channels)
             said, _ = self.encoders[modality](images[cells, channels, None], condition)
-            m, log_std = said.float().chunk(2, 1)
-            mean[cells, channels] = m
-            precision[cells, channels] = (-2 * log_std.clamp(-LOG_STD, LOG_STD)).exp()
-        return Experts(mean, precision)
+            mean[cells, channels], spread = said.float().chunk(2, 1)
+            log_std[cells, channels] = spread.clamp(-LOG_STD, LOG_STD)
+        return Experts(mean, log_std)
 
     def _decode(self, modality: str, z: Tensor, channels: Tensor) -> Tensor:
         return self.decoders[modality](z, self._condition(modality, channels))  # type: ignore[no-any-return]
@@ -186,20 +196,11 @@ class Mvae(LatentMethod):
         return self.marker(channels) if modality == "protein" else None
 
 
-def product_of_experts(mean: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
-    """Multiply E Gaussians and the standard normal prior (Wu & Goodman 2018, eq. 4).
-
-    Parameters
-    ----------
-    mean, precision
-        (..., E, D); an expert of precision 0 is absent.
-
-    Returns
-    -------
-    Mean and log standard deviation of the product, (..., D); the prior's where every expert is absent.
-    """
-    total = 1 + precision.sum(-2)
-    return (precision * mean).sum(-2) / total, -0.5 * total.log()
+def _posteriors(experts: Experts, owner: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, D) means and log standard deviations of the latents of cells `owner` (R,) given what (R, C) masks mark."""
+    rows, channels = masks.nonzero(as_tuple=True)
+    cells = owner[rows]
+    return fuse_product(experts.mean[cells, channels], experts.log_std[cells, channels], rows, len(masks))
 
 
 def random_subsets(shown: Tensor) -> tuple[Tensor, Tensor]:

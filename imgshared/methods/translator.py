@@ -12,20 +12,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imgshared import losses
 from imgshared.config import TranslatorConfig
 from imgshared.data.panel import Panel
-from imgshared.methods.base import LatentMethod, ParameterGroup, Stage, sum_terms
+from imgshared.methods.base import ParameterGroup, Stage, no_terms, sum_terms
 from imgshared.methods.draws import Stains, at_most, draw_targets, list_stains, rows_showing, show
+from imgshared.methods.game import BETAS, discriminator_terms, signs_of_defeat
+from imgshared.methods.maps import MapMethod, size_of
 from imgshared.models.discriminator import PatchDiscriminator, check_fits
 from imgshared.models.patches import PatchProjection, sample_positions
 from imgshared.models.pyramid import pool_to_middle
-from imgshared.models.translation import Maps, TranslationNetwork
-from imgshared.types import Batch, InputError, Latents, LossTerms, Prediction
+from imgshared.models.translation import Maps
+from imgshared.types import Batch, InputError, LossTerms
 
-CYCLE_TERMS, GAME_TERMS = ("patch_nce", "cycle", "identity"), ("adversarial",)
 LEAST_ROWS = 8  # of a marker in a batch, below which dependence is not estimated
 
 
@@ -61,8 +62,11 @@ class Translated:
     images: Tensor
 
 
-class Translator(LatentMethod):
+class Translator(MapMethod):
     """The translator.
+
+    The term `identity` is CycleGAN's, an L1 error (Zhu et al. 2017, section 5.2); the contrastive one of CUT is in
+    `cut`.
 
     Parameters
     ----------
@@ -79,16 +83,9 @@ class Translator(LatentMethod):
         For a setting without effect, a discriminator that does not fit the crops, an unknown backbone.
     """
 
-    any_size = True
-
     def __init__(self, config: TranslatorConfig, *, panel: Panel, crop_px: int) -> None:
-        super().__init__()
-        self.config, self.weights, self.panel = config, config.weights, panel
-        self.network = TranslationNetwork(
-            markers=len(panel), chromatin=panel.chromatin_index, channels=config.channels,
-            shared_fraction=config.shared_fraction, backbone=config.backbone, by_marker=config.encoders == "marker",
-            product=config.fusion == "product", outputs=1 if config.head == "mean" else 2, marker_dim=config.marker_dim,
-        )  # fmt: skip
+        super().__init__(config, panel)
+        self.weights = config.weights
         if crop_px < self.network.multiple:
             raise InputError(
                 f"method.channels: {len(config.channels)} levels halve the image to 1/{self.network.multiple}, crops "
@@ -103,23 +100,26 @@ class Translator(LatentMethod):
             )
         if self.weights.patch_nce:
             self.projection = PatchProjection(self.network.widths)
-        self.paired = True
         self._kept: Translated | None = None
 
     @property
     def stages(self) -> Sequence[Stage]:
-        """One stage; the discriminator is a second player."""
+        """One stage; the discriminator is a second player.
+
+        With an adversarial term its best checkpoint is its end: the held-out error prefers blur to what that teaches.
+        """
         c = self.config
-        generator = [*self.network.parameters(), *(self.projection.parameters() if self.projection else ())]
-        groups = {"generator": [ParameterGroup(generator, c.lr)]}
+        groups = {"generator": [ParameterGroup(self._generator_parameters(), c.lr)]}
         if self.discriminator is not None:
-            groups["discriminator"] = [
-                ParameterGroup(list(self.discriminator.parameters()), c.lr_discriminator, (0.5, 0.999))
-            ]
-        return [Stage("translator", c.epochs, groups, monitored=self.paired, lr_decay=c.lr_decay)]
+            groups["discriminator"] = [ParameterGroup(list(self.discriminator.parameters()), c.lr_discriminator, BETAS)]
+        monitored = self.paired and not self.weights.adversarial
+        return [Stage("translator", c.epochs, groups, monitored=monitored, lr_decay=c.lr_decay)]
+
+    def _generator_parameters(self) -> list[nn.Parameter]:
+        return [*self.network.parameters(), *(self.projection.parameters() if self.projection else ())]
 
     def prepare(self, measured: Tensor, seed: int) -> None:
-        """Refuse terms that need cells with two stains where there are none.
+        """Refuse terms that need cells with two stains, or with chromatin and another, where there are none.
 
         Raises
         ------
@@ -127,26 +127,25 @@ class Translator(LatentMethod):
             Names the term and the configuration that fits.
         """
         super().prepare(measured, seed)
-        self.paired = bool((measured.sum(1) > 1).any())
-        w = self.weights
-        if self.paired:
-            return
         for term in ("cross", "agreement"):
-            if getattr(w, term):
+            if getattr(self.weights, term) and not (measured.sum(1) > 1).any():
                 raise InputError(
                     f"method.weights.{term} needs cells with two stains, and no training cell has two: set it to 0 and "
                     "learn from unpaired cells by patch_nce, cycle and adversarial, as configs/translator_unpaired.yaml"
                 )
-        if self.config.discriminator_sees_source:
-            raise InputError("method.discriminator_sees_source needs cells with two stains: set it to false")
-
-    # --- training -----------------------------------------------------------------------------------------------------
+        if self.config.discriminator_sees_source and not self.paired:
+            raise InputError(
+                "method.discriminator_sees_source needs cells that show chromatin and another stain, and no training "
+                "cell does: set it to false"
+            )
 
     def loss(self, batch: Batch, player: str) -> LossTerms:
         """Return the weighted terms of the generator, or the discriminator's loss on the same translations."""
         return self._discriminator_loss(batch) if player == "discriminator" else self._generator_loss(batch)
 
     def _generator_loss(self, batch: Batch) -> LossTerms:
+        if not batch.measured.any():
+            return no_terms(self._generator_parameters())
         step, w = self._begin(batch), self.weights
         terms: list[tuple[float, str, Callable[[Step], Tensor]]] = [
             (w.full, "full", self._full),
@@ -162,7 +161,7 @@ class Translator(LatentMethod):
         self._kept = None
         if (w.adversarial or w.patch_nce or w.cycle) and self.progress >= self.config.translation_from:
             parts |= self._translation_terms(step)
-        return sum_terms(parts)
+        return sum_terms(parts) if parts else no_terms(self._generator_parameters())
 
     def _begin(self, batch: Batch) -> Step:
         """Draw stains, hide some, encode the visible ones and fuse their shared maps."""
@@ -189,16 +188,12 @@ class Translator(LatentMethod):
         noise = self.config.latent_noise
         return [h + noise * torch.randn_like(h) for h in fused.shared] if noise else list(fused.shared)
 
-    def _error(self, mean: Tensor, log_scale: Tensor | None, target: Tensor) -> Tensor:
-        kind = self.config.error if log_scale is None else self.config.head
-        return losses.pixel_loss(mean, target, kind, log_scale)  # type: ignore[arg-type]
-
     def _drawn(self, step: Step, rows: Tensor, detail: Tensor | None = None) -> Tensor:
         """Error of the stains `rows` drawn from their cells' fused maps, with or without their own detail."""
         cells, channels = step.stains.cells[rows], step.stains.channels[rows]
         if not len(rows):
             return step.trunk.sum() * 0.0
-        mean, log_scale = self.network.decode(step.trunk[cells], channels, _size(step.batch.images), detail)
+        mean, log_scale = self.network.decode(step.trunk[cells], channels, size_of(step.batch.images), detail)
         return self._error(mean, log_scale, step.batch.images[cells, channels, None])
 
     def _full(self, step: Step) -> Tensor:
@@ -215,12 +210,12 @@ class Translator(LatentMethod):
         return self._drawn(step, (~step.stains.visible).nonzero()[:, 0])
 
     def _identity(self, step: Step) -> Tensor:
-        """L1 of a visible stain that is translated to itself, from its own shared maps alone."""
+        """L1 of a visible stain that is translated to itself, from its own shared maps alone (CycleGAN's)."""
         rows = step.stains.visible[step.encoded].nonzero()[:, 0]
         maps = Maps([h[rows] for h in step.maps.shared], log_std=[h[rows] for h in step.maps.log_std])
         alone = self.network.fuse(maps, torch.arange(len(rows), device=rows.device), len(rows))
         cells, channels = step.stains.cells[step.encoded[rows]], step.stains.channels[step.encoded[rows]]
-        mean, _ = self.network.decode(self.network.shared_path(alone.shared), channels, _size(step.batch.images))
+        mean, _ = self.network.decode(self.network.shared_path(alone.shared), channels, size_of(step.batch.images))
         return losses.pixel_loss(mean, step.batch.images[cells, channels, None], "l1")
 
     def _agreement(self, step: Step) -> Tensor:
@@ -260,7 +255,7 @@ class Translator(LatentMethod):
         cells, channels = draw_targets(measured, shown)
         if not len(cells):
             return {}
-        images, _ = self.network.decode(step.trunk[cells], channels, _size(batch.images))
+        images, _ = self.network.decode(step.trunk[cells], channels, size_of(batch.images))
         fake = Translated(batch, cells, channels, images)
         parts = {}
         if self.discriminator is not None:
@@ -293,7 +288,7 @@ class Translator(LatentMethod):
         fused = self.network.fuse(again, torch.arange(len(cells), device=cells.device), len(cells))
         channels = step.stains.channels[source]
         trunk = self.network.shared_path(self._noisy(fused))
-        back, _ = self.network.decode(trunk, channels, _size(step.batch.images))
+        back, _ = self.network.decode(trunk, channels, size_of(step.batch.images))
         return losses.pixel_loss(back, step.batch.images[cells, channels, None], "l1")
 
     def _judge(self, stains: Translated, discriminator: PatchDiscriminator) -> Tensor:
@@ -307,8 +302,7 @@ class Translator(LatentMethod):
         assert self.discriminator is not None
         fake, kind = self._kept, self.config.adversarial
         if fake is None or fake.batch is not batch:  # no cell could be translated
-            zero = next(self.discriminator.parameters()).sum() * 0.0
-            return LossTerms(zero, {})
+            return no_terms(self.discriminator.parameters())
         stained = batch.measured
         if self.config.discriminator_sees_source:
             stained = stained & batch.measured[:, self.panel.chromatin_index, None]
@@ -316,85 +310,8 @@ class Translator(LatentMethod):
         images = batch.images[cells, fake.channels, None].detach().requires_grad_(bool(self.weights.r1))
         real = self._judge(Translated(batch, cells, fake.channels, images), self.discriminator)
         guessed = self._judge(fake, self.discriminator)
-        parts = {"adversarial": losses.adversarial_discriminator(real, guessed, kind)}
-        if self.weights.r1:
-            parts["r1"] = self.weights.r1 * losses.r1_penalty(real, images)
-        middle = 0.5 if kind == "lsgan" else 0.0
-        right = ((real > middle).float().mean() + (guessed < middle).float().mean()) / 2
-        terms = sum_terms(parts)
-        return LossTerms(terms.total, {**terms.parts, "accuracy": right.detach()})
+        return discriminator_terms(real, guessed, kind, r1=self.weights.r1, images=images)
 
     def signs(self, values: Mapping[str, float]) -> list[str]:
         """Say where the discriminator has won."""
-        if values.get("discriminator/accuracy", 0.0) < 0.99:
-            return []
-        return [
-            "the discriminator tells every translated stain from a real one: its gradient is spent. Lower "
-            "method.lr_discriminator or raise method.weights.r1"
-        ]
-
-    # --- use ----------------------------------------------------------------------------------------------------------
-
-    def validate(self, batch: Batch) -> LossTerms:
-        """Error of the stains predicted from chromatin alone; of every stain rebuilt where no cell has two."""
-        parts = {}
-        chromatin = self.panel.chromatin_index
-        paired = batch.measured[:, chromatin, None] & batch.measured
-        paired[:, chromatin] = False
-        cells, channels = paired.nonzero(as_tuple=True)
-        if self.paired and len(cells):
-            given = torch.zeros_like(batch.measured)
-            given[:, chromatin] = batch.measured[:, chromatin]
-            trunk, _, _ = self._fused(batch.images, given)
-            mean, log_scale = self.network.decode(trunk[cells], channels, _size(batch.images))
-            parts["cross"] = self._error(mean, log_scale, batch.images[cells, channels, None])
-        else:
-            rebuilt = self.reconstruct(batch.images, batch.measured, specific=True)
-            parts["full"] = losses.pixel_loss(rebuilt[batch.measured], batch.images[batch.measured], self.config.error)
-        return sum_terms(parts)
-
-    def encode(self, images: Tensor, measured: Tensor) -> Latents:
-        """Pool the maps about the middle of the crop: the levels' channels, one after the other."""
-        _, fused, (cells, channels, maps) = self._fused(images, measured)
-        b, c = measured.shape
-        shared, specific = pool_to_middle(maps.shared), pool_to_middle(maps.specific)
-        each = shared.new_zeros(b, c, shared.shape[1])
-        own = specific.new_zeros(b, c, specific.shape[1])
-        each[cells, channels], own[cells, channels] = shared, specific
-        return Latents(pool_to_middle(fused.shared), each, own, measured)
-
-    def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
-        """Draw each target from the fused shared maps of the measured stains; images of any size."""
-        trunk, _, _ = self._fused(images, measured)
-        means, scales = [], []
-        for target in targets:
-            channels = torch.full((len(images),), target, device=images.device)
-            mean, log_scale = self.network.decode(trunk, channels, _size(images))
-            means.append(mean)
-            if log_scale is not None:
-                std = 2**0.5 if self.config.head == "laplace" else 1.0  # of a Laplace distribution of scale 1
-                scales.append(std * log_scale.exp())
-        return Prediction(torch.cat(means, 1), torch.cat(scales, 1) if scales else None)
-
-    def reconstruct(self, images: Tensor, measured: Tensor, *, specific: bool) -> Tensor:
-        """Rebuild each measured stain from its own shared maps, and with `specific` its own detail."""
-        out = torch.zeros_like(images, dtype=torch.float32)
-        cells, channels, maps = self._encoded(images, measured)
-        alone = self.network.fuse(maps, torch.arange(len(cells), device=cells.device), len(cells))
-        detail = self.network.own_detail(maps.specific) if specific else None
-        mean, _ = self.network.decode(self.network.shared_path(alone.shared), channels, _size(images), detail)
-        out[cells, channels] = mean[:, 0]
-        return out
-
-    def _encoded(self, images: Tensor, measured: Tensor) -> tuple[Tensor, Tensor, Maps]:
-        cells, channels = measured.nonzero(as_tuple=True)
-        return cells, channels, self.network.encode(images[cells, channels, None], channels)
-
-    def _fused(self, images: Tensor, measured: Tensor) -> tuple[Tensor, Maps, tuple[Tensor, Tensor, Maps]]:
-        encoded = self._encoded(images, measured)
-        fused = self.network.fuse(encoded[2], encoded[0], len(images))
-        return self.network.shared_path(fused.shared), fused, encoded
-
-
-def _size(images: Tensor) -> tuple[int, int]:
-    return images.shape[-2], images.shape[-1]
+        return signs_of_defeat(values, "method.weights.r1")

@@ -73,20 +73,14 @@ def receptive_field(channels: Sequence[int]) -> int:
     return side
 
 
-def least_side(channels: Sequence[int]) -> int:
-    """Return the least side of a crop, in pixels, for which a logit remains."""
-    side = 1
-    for stride in _strides(channels)[::-1]:
-        side = 2 * side if stride == 2 else side + 1
-    return side
-
-
 def check_fits(crop_px: int, channels: Sequence[int]) -> None:
-    """Refuse crops of which no logit would remain."""
-    if crop_px < least_side(channels):
+    """Refuse crops smaller than the patch that a logit judges: it would judge the padding."""
+    if crop_px < receptive_field(channels):
+        fitting = [n for n in range(1, len(channels)) if receptive_field(channels[:n]) <= crop_px]
         raise InputError(
-            f"method.discriminator_channels: a PatchGAN of {len(channels) + 1} convolutions needs crops of at least "
-            f"{least_side(channels)} px, these have {crop_px}: shorten it"
+            f"method.discriminator_channels: {len(channels)} convolutions judge patches of {receptive_field(channels)} "
+            f"px, larger than the crops of {crop_px} px: "
+            + (f"name {fitting[-1]}" if fitting else "prepare larger crops")
         )
 
 

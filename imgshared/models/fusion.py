@@ -7,16 +7,20 @@ from torch import Tensor
 
 
 def fuse_mean(maps: Tensor, cells: Tensor, n: int) -> Tensor:
-    """Mean of the (P, ...) maps of each cell: (n, ...); zero for a cell without any."""
+    """Mean of the (P, ...) maps of each cell: (n, ...) of their type; zero for a cell without any.
+
+    Half precision is summed in float32.
+    """
     if len(cells) == n and bool((cells == torch.arange(n, device=cells.device)).all()):
         return maps  # one each, in order
-    count = maps.new_zeros(n).index_add(0, cells, maps.new_ones(len(cells))).clamp_min(1)
-    summed = torch.zeros((n, *maps.shape[1:]), dtype=maps.dtype, device=maps.device)
-    return summed.index_add(0, cells, maps) / count.reshape(n, *[1] * (maps.ndim - 1))
+    wide = maps.float()
+    count = wide.new_zeros(n).index_add(0, cells, wide.new_ones(len(cells))).clamp_min(1)
+    summed = wide.new_zeros(n, *maps.shape[1:]).index_add(0, cells, wide)
+    return (summed / count.reshape(n, *[1] * (maps.ndim - 1))).to(maps.dtype)
 
 
 def fuse_product(mean: Tensor, log_std: Tensor, cells: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Product of the Gaussian experts of each cell and a standard normal prior (Wu & Goodman 2018, section 2.2).
+    """Product of the Gaussian experts of each cell and a standard normal prior (Wu & Goodman 2018, eq. 4).
 
     Parameters
     ----------

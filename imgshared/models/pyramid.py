@@ -47,6 +47,14 @@ class Condition(nn.Module):
         return x * (1 + scale) + shift  # type: ignore[no-any-return]
 
 
+class NoCondition(nn.Module):
+    """Maps as they are, whatever the marker."""
+
+    def forward(self, x: Tensor, marker: Tensor | None) -> Tensor:
+        """(P, width, Y, X) maps to the same."""
+        return x
+
+
 class ConvPyramid(nn.Module):
     """Maps at 1/2, 1/4, ... of the resolution: a 2x2 step down and a residual block a level.
 
@@ -56,27 +64,37 @@ class ConvPyramid(nn.Module):
         Width of each level.
     inputs
         Channels of the image.
+    marker_dim
+        Length of a marker's embedding, which scales and shifts what enters the residual block of each level, and so
+        reaches all coarser levels; 0 for no condition.
     """
 
-    def __init__(self, channels: Sequence[int], *, inputs: int = 1) -> None:
+    def __init__(self, channels: Sequence[int], *, inputs: int = 1, marker_dim: int = 0) -> None:
         super().__init__()
         self.reductions = tuple(2 ** (level + 1) for level in range(len(channels)))
         stem = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * inputs, channels[0], 3, 1, 1))
         steps = [nn.Conv2d(a, b, 2, 2) for a, b in itertools.pairwise(channels)]
         self.steps = nn.ModuleList([stem, *steps])
+        self.conditions = _conditions(marker_dim, channels)
         self.blocks = nn.ModuleList([Block(width) for width in channels])
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """(P, inputs, Y, X), Y and X multiples of the last reduction, to one (P, width, Y / r, X / r) map a level."""
+    def forward(self, images: Tensor, code: Tensor | None = None) -> list[Tensor]:
+        """(P, inputs, Y, X), Y and X multiples of the last reduction, to one (P, width, Y / r, X / r) map a level.
+
+        `code`, the (P, marker_dim) embeddings, is not looked at without a condition.
+        """
         maps, h = [], images
-        for step, block in zip(self.steps, self.blocks, strict=True):
-            h = block(step(h))
+        for step, condition, block in zip(self.steps, self.conditions, self.blocks, strict=True):
+            h = block(condition(step(h), code))
             maps.append(h)
         return maps
 
 
 class TimmPyramid(nn.Module):
     """The first levels of a timm backbone, each brought to the wanted width by a 1x1 convolution.
+
+    A marker's embedding conditions these outputs alone: the backbone itself reads every stain alike. Most backbones
+    have BatchNorm or other statistics of their input, unlike `ConvPyramid`. The weights are not pretrained.
 
     Raises
     ------
@@ -85,13 +103,14 @@ class TimmPyramid(nn.Module):
         of one size alone.
     """
 
-    def __init__(self, name: str, channels: Sequence[int], *, inputs: int = 1) -> None:
+    def __init__(self, name: str, channels: Sequence[int], *, inputs: int = 1, marker_dim: int = 0) -> None:
         super().__init__()
         import timm  # slow to import, and only needed here
 
         known = timm.list_models()
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        architecture = name.partition(".")[0]  # what follows the dot names pretrained weights
+        if architecture not in known:
+            near = difflib.get_close_matches(architecture, known, n=1, cutoff=0.4)
             raise InputError(
                 f"method.backbone: timm knows no model {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
             )
@@ -111,11 +130,12 @@ class TimmPyramid(nn.Module):
                 f"method.backbone: {name} takes images of its own size alone: name a convolutional one, e.g. resnet10t"
             )
         self.project = nn.ModuleList([nn.Conv2d(a, b, 1) for a, b in zip(info.channels(), channels, strict=True)])
+        self.conditions = _conditions(marker_dim, channels)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, code: Tensor | None = None) -> list[Tensor]:
         """As `ConvPyramid.forward`."""
-        maps = self.body(images)
-        return [project(h) for project, h in zip(self.project, maps, strict=True)]
+        levels = zip(self.body(images), self.project, self.conditions, strict=True)
+        return [condition(project(h), code) for h, project, condition in levels]
 
     @torch.no_grad()
     def _takes_any_size(self, side: int, inputs: int) -> bool:
@@ -175,3 +195,7 @@ def pool_to_middle(maps: Sequence[Tensor]) -> Tensor:
         window = y[:, None] * x
         pooled.append((h.float() * (window / window.sum())).sum((2, 3)))
     return torch.cat(pooled, 1)
+
+
+def _conditions(marker_dim: int, channels: Sequence[int]) -> nn.ModuleList:
+    return nn.ModuleList([Condition(marker_dim, width) if marker_dim else NoCondition() for width in channels])

@@ -15,6 +15,7 @@ LEVELS = 5  # that `ResnetGenerator.features` knows
 class ResnetGenerator(nn.Module):
     """One stain to another: 7x7 convolution, two halvings, residual blocks, two doublings, 7x7 convolution.
 
+    This is CycleGAN's; CUT's published one resamples with a blur against aliasing and has 9 blocks at any size.
     The generator of Johnson et al. 2016 as in CycleGAN (Zhu et al. 2017, section 7.2): reflection padding, instance
     norm without gains, ReLU, weights from N(0, 0.02^2). The output is linear, where the papers end in tanh for images
     in [-1, 1]: ours are about [0, 1] and not clipped. Instance norm takes mean and variance over the whole image: what

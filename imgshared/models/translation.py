@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imgshared.models.bounds import LOG_SCALE, soft_bound
 from imgshared.models.fusion import fuse_mean, fuse_product
 from imgshared.models.pyramid import Condition, ConvPyramid, TimmPyramid, UpPath, pad_to_multiple
 from imgshared.types import InputError
 
-LOG_SCALE = (-6.0, 3.0)  # of a predicted pixel's scale, in normalised units
 LOG_STD = (-5.0, 2.0)  # of a shared map's expert
 
 
@@ -48,7 +49,8 @@ class TranslationNetwork(nn.Module):
     backbone
         "conv" or a timm model.
     by_marker
-        An encoder a marker, else one for chromatin and one for all proteins, conditioned on the marker.
+        An encoder a marker, else one for chromatin and one for all proteins. Where there are several proteins theirs is
+        conditioned on the marker: "conv" at every level from the first on, a timm model at its outputs.
     product
         Whether shared maps are Gaussian experts, fused by their product; else the mean is taken.
     outputs
@@ -77,11 +79,11 @@ class TranslationNetwork(nn.Module):
         self.markers, self.product, self.outputs = markers, product, outputs
         network_of = [c if by_marker else int(c != chromatin) for c in range(markers)]
         self.register_buffer("network_of", torch.tensor(network_of), persistent=False)
-        build = ConvPyramid if backbone == "conv" else lambda widths: TimmPyramid(backbone, widths)
-        self.encoders = nn.ModuleList([build(channels) for _ in range(max(network_of) + 1)])
+        build = ConvPyramid if backbone == "conv" else partial(TimmPyramid, backbone)
+        serves = [network_of.count(i) for i in range(max(network_of) + 1)]
+        self.encoders = nn.ModuleList([build(channels, marker_dim=marker_dim if n > 1 else 0) for n in serves])
         self.reductions: tuple[int, ...] = self.encoders[0].reductions  # type: ignore[assignment]
         self.marker = nn.Embedding(markers, marker_dim)
-        self.conditions = nn.ModuleList([Condition(marker_dim, c) for c in channels])
         self.log_std = nn.ModuleList([_zero(nn.Conv2d(s, s, 1)) for s in self.widths] if product else [])
         own = [c - s for c, s in zip(channels, self.widths, strict=True)]
         self.shared_path = UpPath(self.widths, channels, self.reductions)
@@ -101,14 +103,14 @@ class TranslationNetwork(nn.Module):
         network = self.network_of[channels]  # type: ignore[index]
         order = network.argsort(stable=True)
         counts = torch.bincount(network, minlength=len(self.encoders)).tolist()
-        runs = images[order].split(counts)
-        each = [encoder(run) for encoder, run in zip(self.encoders, runs, strict=True) if len(run)]
-        back, code = order.argsort(), self.marker(channels)
+        runs = zip(self.encoders, images[order].split(counts), self.marker(channels[order]).split(counts), strict=True)
+        each = [encoder(run, code) for encoder, run, code in runs if len(run)]
+        back = order.argsort()
         levels = [torch.cat(level)[back] if len(level) > 1 else level[0] for level in zip(*each, strict=True)]
-        levels = [condition(h, code) for condition, h in zip(self.conditions, levels, strict=True)]
         shared = [h[:, :s] for h, s in zip(levels, self.widths, strict=True)]
         specific = [h[:, s:] for h, s in zip(levels, self.widths, strict=True)]
-        log_std = [f(h).clamp(*LOG_STD) for f, h in zip(self.log_std, shared, strict=False)]
+        # start=0: fresh experts are as wide as the prior
+        log_std = [soft_bound(f(h), *LOG_STD, start=0.0) for f, h in zip(self.log_std, shared, strict=False)]
         return Maps(shared, specific, log_std)
 
     def fuse(self, maps: Maps, cells: Tensor, n: int) -> Maps:
@@ -134,15 +136,16 @@ class TranslationNetwork(nn.Module):
         Mean and log scale (None without that head), (Q, 1, Y, X) of the given `size`, Y and X: without the padding.
         """
         h = trunk + (self.absent(channels)[:, :, None, None].to(trunk.dtype) if detail is None else detail)
-        out = self.head(h, self.marker(channels), channels).float()[..., : size[0], : size[1]]
-        return out[:, :1], out[:, 1:].clamp(*LOG_SCALE) if self.outputs == 2 else None
+        out = self.head(h, self.marker(channels), channels)[..., : size[0], : size[1]]
+        return out[:, :1], soft_bound(out[:, 1:], *LOG_SCALE) if self.outputs == 2 else None
 
 
 class Head(nn.Module):
     """Maps at 1 / `reduction` of the resolution to an image.
 
-    A 3x3 convolution under the marker's condition; a 1x1 one of the marker's own, to full resolution; and a last 3x3
-    one that all share, which smooths what the pixels of one coarse place would otherwise do each on its own.
+    The marker's condition; a 1x1 convolution of the marker's own, to full resolution; and a last 3x3 one that all
+    share, which smooths what the pixels of one coarse place would otherwise do each on its own. Light, for it is what
+    every further stain of a cell costs.
     """
 
     FINE = 4  # channels at full resolution
@@ -150,7 +153,6 @@ class Head(nn.Module):
     def __init__(self, width: int, markers: int, marker_dim: int, reduction: int, outputs: int) -> None:
         super().__init__()
         self.condition = Condition(marker_dim, width)
-        self.conv = nn.Conv2d(width, width, 3, 1, 1)
         # The pixels of one place start alike, as after an upsampling (Aitken et al. 2017).
         start = torch.randn(markers, self.FINE, 1, width) * (2 / width) ** 0.5
         places = (markers, self.FINE, reduction**2, width)
@@ -160,11 +162,13 @@ class Head(nn.Module):
         self.reduction = reduction
 
     def forward(self, x: Tensor, code: Tensor, channels: Tensor) -> Tensor:
-        """(Q, width, Y / r, X / r) maps, (Q, marker_dim) embeddings and (Q,) markers to (Q, outputs, Y, X)."""
-        h = F.leaky_relu(self.conv(F.leaky_relu(self.condition(x, code), 0.2)), 0.2)
+        """(Q, width, Y / r, X / r) maps, (Q, marker_dim) embeddings and (Q,) markers to (Q, outputs, Y, X) float32."""
+        h = F.leaky_relu(self.condition(x, code), 0.2)
         weight = self.weight[channels].to(h.dtype)
         out = torch.einsum("qwyx,qkw->qkyx", h, weight) + self.bias[channels][:, :, None, None].to(h.dtype)
-        return self.last(F.leaky_relu(F.pixel_shuffle(out, self.reduction), 0.2))  # type: ignore[no-any-return]
+        fine = F.leaky_relu(F.pixel_shuffle(out, self.reduction), 0.2)
+        with torch.autocast(fine.device.type, enabled=False):  # bf16 would round an intensity near 1 to 1/128
+            return self.last(fine.float())  # type: ignore[no-any-return]
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imgshared.models.pyramid import pad_to_multiple
 from imgshared.types import InputError
 
 DROPPED = 3  # innermost levels of pix2pix's decoder with dropout
@@ -39,15 +40,16 @@ class UNet(nn.Module):
         self.multiple = 2 ** (len(channels) - 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Turn (B, inputs, Y, X) images into (B, outputs, Y, X), unbounded."""
-        h = pad(images, self.multiple)
+        """Turn (B, inputs, Y, X) images into (B, outputs, Y, X) float32, unbounded."""
+        h = pad_to_multiple(images, self.multiple)
         skips: list[Tensor] = []
         for level, layer in enumerate(self.down):
             h = layer(F.max_pool2d(h, 2) if level else h)
             skips.append(h)
         for grow, layer, skip in zip(self.grow, self.up, skips[-2::-1], strict=True):
             h = layer(torch.cat([skip, grow(h)], 1))
-        out: Tensor = self.last(h)
+        with torch.autocast(h.device.type, enabled=False):  # bf16 would round an intensity near 1 to 1/128
+            out: Tensor = self.last(h.float())
         return out[:, :, : images.shape[2], : images.shape[3]]
 
 
@@ -84,15 +86,18 @@ class StridedUNet(nn.Module):
         self.apply(_start)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Turn (B, inputs, Y, X) images into (B, outputs, Y, X), unbounded."""
-        h = pad(images, self.multiple)
+        """Turn (B, inputs, Y, X) images into (B, outputs, Y, X) float32, unbounded."""
+        h = pad_to_multiple(images, self.multiple)
         skips: list[Tensor] = []
         for down in self.down:
             h = down(h)
             skips.append(h)
-        for level, up in enumerate(self.up):
+        for level, up in enumerate(self.up[:-1]):
             h = up(torch.cat([skips[-1 - level], h], 1) if level else h)
-        return h[:, :, : images.shape[2], : images.shape[3]]
+        h = torch.cat([skips[0], h], 1) if len(skips) > 1 else h
+        with torch.autocast(h.device.type, enabled=False):  # as in `UNet`
+            out: Tensor = self.up[-1](h.float())
+        return out[:, :, : images.shape[2], : images.shape[3]]
 
 
 class _Down(nn.Module):
@@ -119,12 +124,6 @@ class _Up(nn.Module):
         h = self.norm(h) if self.norm is not None else h
         # not nn.Dropout: `Method.start` puts modules without trained parameters into evaluation
         return F.dropout(h, self.dropout, self.training) if self.dropout else h
-
-
-def pad(images: Tensor, multiple: int) -> Tensor:
-    """Repeat the last row and column of (B, C, Y, X) images until both sides are multiples of a number."""
-    y, x = (-side % multiple for side in images.shape[2:])
-    return F.pad(images, (0, x, 0, y), mode="replicate") if x or y else images
 
 
 def check_fits(crop_px: int, least: int, channels: Sequence[int]) -> None:

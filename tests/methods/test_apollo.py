@@ -207,6 +207,19 @@ def test_ablations_train_and_predict(change: dict[str, object], missing: str) ->
     assert not rebuilt[~batch.measured].any()
 
 
+def test_a_held_out_batch_without_stains_does_not_count() -> None:
+    method, batch = make()
+    nothing = method.validate(replace(batch, measured=torch.zeros_like(batch.measured)))
+    assert (nothing.count, nothing.total) == (0, 0)
+
+
+@pytest.mark.parametrize("one_step", [False, True])
+def test_cells_of_which_none_shows_chromatin_and_another_stain_are_refused(one_step: bool) -> None:
+    method, batch = make(replace(SMALL, one_step=one_step))
+    with pytest.raises(InputError, match=r"apollo learns .* no training cell does: .*translator_unpaired\.yaml"):
+        method.prepare(batch.measured & (torch.arange(4) != 1), seed=0)
+
+
 def test_one_step_pulls_the_stains_of_a_cell_together() -> None:
     method, batch = make(replace(SMALL, one_step=True, match_weight=100.0))
     stage = method.stages[0]

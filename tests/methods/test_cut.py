@@ -156,6 +156,7 @@ def test_held_out_loss_is_the_nce_of_the_sources() -> None:
     with torch.no_grad():
         terms = method.validate(batch)
         views = method.draw_same(batch)
+        assert terms.count == len(views.sources)
         fake = method.generator(views.sources, views.towards)
         assert terms.total.item() == pytest.approx(nce(method, views.sources, fake, views.towards).item(), rel=1e-4)
 

@@ -152,6 +152,7 @@ def test_held_out_loss_is_the_error_of_both_cycles() -> None:
         x, y, m = views.sources, views.reals, views.markers
         there = (method.back(method.generator(x, m), m) - x).abs().mean()
         back = (method.generator(method.back(y, m), m) - y).abs().mean()
+    assert terms.count == len(x) + len(y)
     assert terms.parts["source/cycle"].item() == pytest.approx(there.item(), rel=1e-4)
     assert terms.total.item() == pytest.approx((there + back).item(), rel=1e-4)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imgshared.methods.draws import Stains, at_most, draw_stains, draw_targets, list_stains, rows_showing, show
+from imgshared.methods.draws import Stains, at_most, draw_targets, list_stains, rows_showing, show
 
 CHROMATIN = 2
 SEEDS = range(60)
@@ -22,6 +22,10 @@ def some_cells(seed: int, cells: int = 40, markers: int = 6) -> Tensor:
     return measured
 
 
+def all_of(measured: Tensor) -> Stains:
+    return list_stains(measured, torch.zeros_like(measured), CHROMATIN)
+
+
 def listed(stains: Stains) -> list[tuple[int, int]]:
     return list(zip(stains.cells.tolist(), stains.channels.tolist(), strict=True))
 
@@ -29,36 +33,13 @@ def listed(stains: Stains) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_all_stains_are_listed_once_cell_by_cell_chromatin_first(seed: int) -> None:
     measured = some_cells(seed)
-    stains = draw_stains(measured, CHROMATIN, None)
+    stains = all_of(measured)
     assert sorted(listed(stains)) == [(i, c) for i, c in measured.nonzero().tolist()]
     assert stains.cells.diff().ge(0).all()
     for i in range(len(measured)):
         channels = stains.channels[stains.cells == i].tolist()
         assert channels == sorted(channels, key=lambda c: (c != CHROMATIN, c))
     assert stains.visible.all()
-
-
-@pytest.mark.parametrize("n", [1, 2, 4, 9])
-def test_a_few_proteins_of_each_cell_are_drawn_and_chromatin_always(n: int) -> None:
-    for seed in SEEDS:
-        torch.manual_seed(seed)
-        measured = some_cells(seed)
-        stains = draw_stains(measured, CHROMATIN, n)
-        drawn = stains.mask(40, 6, stains.visible)
-        assert not (drawn & ~measured).any()
-        assert torch.equal(drawn[:, CHROMATIN], measured[:, CHROMATIN])
-        proteins = [c for c in range(6) if c != CHROMATIN]
-        assert torch.equal(drawn[:, proteins].sum(1), measured[:, proteins].sum(1).clamp_max(n))
-        assert len(set(listed(stains))) == len(stains.cells)
-
-
-def test_each_protein_is_drawn_as_often_as_the_next() -> None:
-    torch.manual_seed(0)
-    measured = torch.ones(6000, 6, dtype=torch.bool)
-    counts = torch.bincount(draw_stains(measured, CHROMATIN, 2).channels, minlength=6)
-    assert counts[CHROMATIN] == 6000
-    proteins = counts[torch.arange(6) != CHROMATIN] / 6000  # 2 of 5; a standard error is 0.0063
-    assert (proteins - 0.4).abs().max() < 0.025
 
 
 def test_at_most_keeps_of_each_row_so_many_true_values_evenly() -> None:
@@ -124,12 +105,12 @@ def test_hiding_has_the_shares_that_are_asked_for() -> None:
 def test_cells_without_any_stain_show_none() -> None:
     measured = torch.zeros(3, 2, dtype=torch.bool)
     measured[1] = True
-    stains = draw_stains(measured, 0, 1)
+    stains = list_stains(measured, torch.zeros_like(measured), 0)
     assert listed(stains) == [(1, 0), (1, 1)]
     shown = show(measured, 0, chromatin_only=0.0, hide=1.0, proteins=None)
     assert shown.sum(1).tolist() == [0, 1, 0]
     assert draw_targets(measured, shown)[0].tolist() == [1]
-    none = draw_stains(torch.zeros(3, 2, dtype=torch.bool), 0, None)
+    none = list_stains(*torch.zeros(2, 3, 2, dtype=torch.bool), 0)
     assert [len(x) for x in (*none, *none.pairs())] == [0] * 5
 
 
@@ -150,7 +131,7 @@ def test_pairs_are_of_one_cell_its_first_stain_and_any_other() -> None:
     for seed in SEEDS:
         torch.manual_seed(seed)
         measured = some_cells(3)
-        stains = draw_stains(measured, CHROMATIN, None)
+        stains = all_of(measured)
         one, other = stains.pairs()
         assert torch.equal(stains.cells[one], stains.cells[other])
         assert stains.cells[one].tolist() == (measured.sum(1) > 1).nonzero()[:, 0].tolist()  # once each

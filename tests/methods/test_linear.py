@@ -74,7 +74,11 @@ def test_batches_do_not_matter() -> None:
 def test_the_logged_loss_is_that_of_the_fit_so_far() -> None:
     method, batch = make(), cells()
     (loss,) = fit(method, batch, 12)
-    assert loss == pytest.approx(method.validate(batch).total.item(), rel=1e-4)
+    terms = method.validate(batch)
+    assert loss == pytest.approx(terms.total.item(), rel=1e-4)
+    assert terms.count == method.pairs(batch).shown.sum()
+    without = Batch(batch.index, batch.images, torch.zeros_like(batch.measured))
+    assert method.validate(without).count == 0
 
 
 def test_autocast_does_not_touch_the_fit() -> None:

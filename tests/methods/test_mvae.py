@@ -12,7 +12,7 @@ import torch
 from imgshared.build import build_method
 from imgshared.config import MvaeConfig
 from imgshared.data.panel import Panel
-from imgshared.methods.mvae import Mvae, product_of_experts, random_subsets
+from imgshared.methods.mvae import Mvae, random_subsets
 from imgshared.types import Batch, InputError
 
 PANEL = Panel(("P0", "DNA", "P2", "P3"), "DNA")
@@ -73,17 +73,19 @@ def test_the_product_of_experts_is_a_product_of_densities() -> None:
     assert latents.specific.shape == (8, 4, 0)
 
 
-def test_the_product_in_closed_form() -> None:
-    mean, precision = torch.randn(3, 4, 5), torch.rand(3, 4, 5) * 10
-    precision[:, 2] = 0
-    mu, log_std = product_of_experts(mean, precision)
-    m, p = mean.double().numpy(), precision.double().numpy()
-    var = 1 / (1 + p.sum(1))
-    np.testing.assert_allclose(mu, var * (m * p).sum(1), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(log_std, 0.5 * np.log(var), rtol=1e-4, atol=1e-6)
-    nobody = product_of_experts(mean, torch.zeros_like(precision))
-    assert not nobody[0].any()
-    assert not nobody[1].any()  # the prior
+def test_cells_of_which_none_shows_chromatin_and_another_stain_are_refused() -> None:
+    method, _ = make()
+    apart = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0]], dtype=torch.bool)
+    with pytest.raises(InputError, match=r"mvae learns .* no training cell does: .*configs/translator_unpaired\.yaml"):
+        method.prepare(apart, seed=0)
+
+
+def test_a_held_out_batch_without_stains_does_not_count() -> None:
+    method, batch = make()
+    assert method.validate(batch).count is None
+    nothing = method.validate(replace(batch, measured=torch.zeros_like(batch.measured)))
+    assert nothing.count == 0
+    assert nothing.total == 0
 
 
 @pytest.mark.parametrize("likelihood", ["bce", "mse"])

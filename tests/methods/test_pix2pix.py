@@ -197,6 +197,8 @@ def test_validation_is_the_l1_of_measured_targets() -> None:
     predicted = method.translate(batch.images, batch.measured, range(4)).mean
     off = [(predicted[i, c] - batch.images[i, c]).abs().mean() for i, c in expected_pairs(batch)]
     assert method.validate(batch).total.item() == pytest.approx(torch.stack(off).mean().item(), rel=1e-5)
+    assert method.validate(batch).count == len(off)
+    assert method.validate(Batch(batch.index, batch.images, batch.measured & (torch.arange(4) == 1))).count == 0
     assert not method.stages[0].monitored  # blur would win
 
 

@@ -70,6 +70,7 @@ def test_the_loss_counts_every_measured_target_of_the_cells_with_chromatin(error
     want = torch.stack(losses).mean().item()
     assert method.validate(batch).total.item() == pytest.approx(want, rel=1e-4)
     assert set(method.validate(batch).parts) == {error}
+    assert method.validate(batch).count == len(losses)
 
 
 @pytest.mark.parametrize("error", ["l2", "laplace"])
@@ -113,6 +114,7 @@ def test_a_batch_without_any_pair_moves_nothing() -> None:
     loss.total.backward()
     assert loss.total == 0
     assert not loss.parts
+    assert loss.count == 0
     assert all(p.grad is not None and not p.grad.any() for p in method.parameters())
 
 

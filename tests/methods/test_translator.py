@@ -345,19 +345,19 @@ def test_a_term_is_the_same_whatever_else_is_on() -> None:
         assert alone.loss(batch, "generator").parts[name].item() == pytest.approx(parts[name].item(), rel=1e-5), name
 
 
-READ = {"encoders", "marker", "conditions"}
-DRAWN = READ | {"shared_path", "absent", "head"}
+READ = {"encoders"}
+DRAWN = READ | {"marker", "shared_path", "absent", "head"}
 
 
 @pytest.mark.parametrize(
     ("name", "moved"),
     [
-        ("full", READ | {"shared_path", "specific_path", "own", "head"}),  # not the code of an absent stain
+        ("full", READ | {"marker", "shared_path", "specific_path", "own", "head"}),  # not the code of an absent stain
         ("shared", DRAWN),
         ("cross", DRAWN),
         ("identity", DRAWN),
-        ("agreement", READ),
-        ("independence", READ),
+        ("agreement", READ | {"marker"}),  # proteins are read, by an encoder that is told which
+        ("independence", READ | {"marker"}),
         ("norm", READ),
         ("kl", READ | {"log_std"}),
         ("cycle", DRAWN),
@@ -379,7 +379,8 @@ def test_a_gradient_reaches_what_it_should_and_nothing_else(name: str, moved: se
             parts[top] = p.grad
     assert set(parts) == moved
     if name == "independence":  # both halves of every level
-        assert all(c.linear.weight.grad.any(1).all() for c in method.network.conditions)  # type: ignore[union-attr, operator]
+        blocks = [block for encoder in method.network.encoders for block in encoder.blocks]
+        assert all(block.last.bias.grad.all() for block in blocks)
 
 
 def test_a_turn_moves_one_player() -> None:

@@ -20,6 +20,8 @@ from imgshared.models.translation import Maps
 from imgshared.types import Batch, InputError
 
 DNA = 1
+UNPAIRED = torch.zeros(16, 2, dtype=torch.bool)
+UNPAIRED[:8, DNA] = UNPAIRED[8:, 0] = True
 OFF = TranslatorWeights(**{f.name: 0.0 for f in fields(TranslatorWeights)})
 SMALL = TranslatorConfig(channels=(4, 6), shared_fraction=0.5, marker_dim=3, discriminator_channels=(4, 5))
 
@@ -241,7 +243,7 @@ def test_crops_of_any_size_train_and_predict(backbone: str, side: int | tuple[in
     [
         ({"channels": (4, 4, 4, 4)}, 8, "4 levels halve the image to 1/16, crops are 8 px: name fewer"),
         ({"channels": (4, 1)}, 16, "a level needs two, one shared and one specific"),
-        ({"discriminator_channels": (4,) * 4, **weighing(adversarial=1.0)}, 16, "crops of at least 24 px"),
+        ({"discriminator_channels": (4,) * 4, **weighing(adversarial=1.0)}, 16, "patches of 70 px, larger than"),
         ({"backbone": "resnet10x"}, 16, "method.backbone: timm knows no model 'resnet10x'. Did you mean 'resnet10t'"),
     ],
 )  # fmt: skip
@@ -249,20 +251,6 @@ def test_what_does_not_fit_is_refused(settings: dict[str, Any], side: int, said:
     with pytest.raises(InputError) as refused:
         make(settings, side=side)
     assert said in str(refused.value)
-
-
-UNPAIRED = torch.zeros(16, 2, dtype=torch.bool)
-UNPAIRED[:8, DNA] = UNPAIRED[8:, 0] = True
-
-
-@pytest.mark.parametrize("term", ["cross", "agreement"])
-def test_terms_of_pairs_are_refused_without_pairs(term: str) -> None:
-    with pytest.raises(InputError) as refused:
-        make(weighing(**{term: 0.1}), measured=UNPAIRED)
-    assert f"method.weights.{term} needs cells with two stains" in str(refused.value)
-    assert "configs/translator_unpaired.yaml" in str(refused.value)
-    with pytest.raises(InputError, match="discriminator_sees_source needs cells with two stains"):
-        make({**weighing(adversarial=1.0), "discriminator_sees_source": True}, measured=UNPAIRED)
 
 
 def test_the_discriminator_that_sees_the_source_is_shown_cells_with_chromatin() -> None:
@@ -321,7 +309,7 @@ def learn(method: Translator, batch: Batch, steps: int, size: int = 32, lr: floa
 
 def test_it_learns_from_cells_that_were_never_stained_together() -> None:
     weights = weighing(full=1.0, patch_nce=0.1, adversarial=0.1, cycle=1.0, identity=1.0, r1=0.1)
-    method, batch = make(weights, measured=UNPAIRED)
+    method, batch = make(weights, measured=UNPAIRED, seed=1)  # a start far off
     assert not method.stages[0].monitored
     log = learn(method, batch, 40, size=16, lr=6e-3)
     assert all(set(step) == set(log[0]) for step in log)
@@ -334,20 +322,6 @@ def test_it_learns_from_cells_that_were_never_stained_together() -> None:
         rows = UNPAIRED[:, source]
         predicted = method.translate(batch.images[rows], UNPAIRED[rows], [1 - source]).mean
         assert predicted.isfinite().all()
-
-
-def test_validation_asks_for_every_stain_from_chromatin() -> None:
-    method, batch = make({"error": "l1"})
-    method.eval()
-    only = torch.zeros_like(batch.measured)
-    only[:, DNA] = True
-    predicted = method.translate(batch.images, only, range(3)).mean
-    pairs = batch.measured.clone()
-    pairs[:, DNA] = False
-    want = (predicted - batch.images)[pairs].abs().mean()
-    terms = method.validate(batch)
-    assert set(terms.parts) == {"cross"}
-    assert terms.total.item() == pytest.approx(want.item(), rel=1e-5)
 
 
 def toy(n: int, seed: int) -> Tensor:

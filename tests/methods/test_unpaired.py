@@ -182,7 +182,9 @@ def test_a_batch_that_lacks_a_side(config: CutConfig | CycleGanConfig, measured:
     method.turn("discriminator")
     assert method.loss(batch, "discriminator").total == 0
     with torch.no_grad():
-        assert method.validate(batch).total.isfinite()
+        terms = method.validate(batch)
+        assert terms.total.isfinite()
+        assert (terms.count == 0) == (not terms.parts)
 
 
 @BOTH

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from imgshared.losses import adversarial_discriminator, r1_penalty
-from imgshared.models.discriminator import PatchDiscriminator, check_fits, least_side, receptive_field
+from imgshared.models.discriminator import PatchDiscriminator, check_fits, receptive_field
 from imgshared.types import InputError
 
 PUBLISHED = (64, 128, 256, 512)
@@ -63,22 +63,21 @@ def test_a_logit_sees_its_receptive_field_and_no_more(channels, side):
 
 
 @pytest.mark.parametrize("channels", [(4,), (4, 4), (4, 4, 4), (4, 4, 4, 4)])
-def test_the_least_side_leaves_one_logit_and_less_is_refused(channels):
-    least = least_side(channels)
-    assert critic(channels=channels)(torch.rand(1, 1, least, least)).shape == (1, 1, 1, 1)
-    with pytest.raises(RuntimeError):
-        critic(channels=channels, norm="none")(torch.rand(1, 1, least - 1, least - 1))
+def test_a_patch_larger_than_the_crop_is_refused(channels):
+    least = receptive_field(channels)
     check_fits(least, channels)
-    with pytest.raises(InputError, match=f"of {len(channels) + 1} convolutions needs crops of at least {least} px"):
+    assert critic(channels=channels)(torch.rand(1, 1, least, least)).shape[2] > 0
+    with pytest.raises(InputError, match=f"{len(channels)} convolutions judge patches of {least} px"):
         check_fits(least - 1, channels)
 
 
-def test_the_refusal_says_what_to_shorten():
+@pytest.mark.parametrize(("px", "advice"), [(64, "name 3"), (20, "name 2"), (6, "prepare larger crops")])
+def test_the_refusal_says_how_many_convolutions_fit(px, advice):
     with pytest.raises(InputError) as refused:
-        check_fits(16, PUBLISHED)
+        check_fits(px, PUBLISHED)
     assert str(refused.value) == (
-        "method.discriminator_channels: a PatchGAN of 5 convolutions needs crops of at least 24 px, "
-        "these have 16: shorten it"
+        "method.discriminator_channels: 4 convolutions judge patches of 70 px, larger than the crops of "
+        f"{px} px: {advice}"
     )
 
 

@@ -30,6 +30,13 @@ def test_one_stain_each_in_order_is_handed_through_and_another_order_is_not():
     torch.testing.assert_close(fuse_mean(maps, order, 6), maps[order])
 
 
+def test_the_mean_of_half_precision_is_summed_in_single():
+    maps = torch.tensor([256.0, *[1.0] * 7]).bfloat16()[:, None]  # 256 + 1 is 256 in bfloat16
+    fused = fuse_mean(maps, torch.zeros(8, dtype=torch.long), 1)
+    assert fused.dtype == torch.bfloat16
+    assert fused.item() == torch.tensor(263 / 8).bfloat16().item() != 32
+
+
 def test_the_product_is_that_of_gaussians_and_a_standard_normal_prior():
     mean, log_std = draw()
     fused, fused_log_std = (x.numpy() for x in fuse_product(mean, log_std, CELLS, 4))

@@ -99,6 +99,10 @@ def test_a_timm_backbone_gives_the_widths_asked_for():
     assert all(p.grad is not None for p in net.parameters())  # no layer beyond the last level is carried along
 
 
+def test_a_name_of_timm_may_carry_the_tag_of_its_weights():
+    assert TimmPyramid("resnet18.a1_in1k", (4, 6)).reductions == (2, 4)
+
+
 @pytest.mark.parametrize(
     ("name", "levels", "said"),
     [

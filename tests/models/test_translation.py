@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from imgshared.models.bounds import LOG_SCALE
 from imgshared.models.pyramid import TimmPyramid
-from imgshared.models.translation import LOG_SCALE, LOG_STD, Head, TranslationNetwork
+from imgshared.models.translation import LOG_STD, Head, TranslationNetwork
 from imgshared.types import InputError
 
 
@@ -39,10 +40,9 @@ def test_the_share_is_of_every_level_and_leaves_both_sides_a_channel():
 
 def test_shared_and_specific_maps_are_the_two_parts_of_a_level():
     net = build(shared_fraction=0.7)
-    levels = []
-    for condition in net.conditions:
-        condition.register_forward_hook(lambda module, inputs, out: levels.append(out))
-    maps = net.encode(torch.rand(2, 1, 16, 16), torch.tensor([0, 1]))
+    images, markers = torch.rand(2, 1, 16, 16), torch.tensor([0, 2])
+    maps = net.encode(images, markers)
+    levels = net.encoders[1](images, net.marker(markers))
     for h, shared, specific in zip(levels, maps.shared, maps.specific, strict=True):
         assert torch.equal(torch.cat([shared, specific], 1), h)
 
@@ -73,6 +73,27 @@ def test_proteins_that_share_an_encoder_are_told_apart_by_their_embedding():
     assert not torch.allclose(a, b)
     net.marker.weight.data[2] = net.marker.weight.data[0]
     torch.testing.assert_close(net.encode(image, torch.tensor([2])).shared[0], a)
+
+
+@pytest.mark.parametrize("backbone", ["conv", "resnet10t"])
+def test_only_an_encoder_of_several_markers_is_conditioned_and_the_own_one_from_within(backbone):
+    net, image = build(backbone=backbone), torch.rand(1, 1, 16, 16)
+    of_chromatin, of_proteins = net.encoders
+    assert not any("condition" in name for name, _ in of_chromatin.named_parameters())
+    before = of_proteins(image, net.marker.weight[:1])
+    of_proteins.conditions[0].linear.bias.data += 1
+    after = of_proteins(image, net.marker.weight[:1])
+    assert not torch.allclose(before[0], after[0])
+    assert torch.allclose(before[1], after[1]) == (backbone != "conv")  # it flows on
+    assert not any("condition" in name for name, _ in build(by_marker=True).encoders.named_parameters())
+
+
+def test_half_precision_does_not_round_the_image():
+    net = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        mean, _ = net.decode(torch.randn(1, 4, 4, 4), torch.tensor([0]), (8, 8))
+    assert mean.dtype == torch.float32
+    assert not torch.equal(mean, mean.bfloat16().float())
 
 
 def test_experts_start_with_the_spread_of_the_prior_and_are_bounded():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from imgshared.models.unet import StridedUNet, UNet, check_fits, pad
+from imgshared.models.unet import StridedUNet, UNet, check_fits
 from imgshared.types import InputError
 
 
@@ -39,9 +39,12 @@ def test_odd_sizes_do_not_change_what_is_far_from_the_border():
     torch.testing.assert_close(net(field)[:, :, :20, :20], net(field[:, :, :32, :32])[:, :, :20, :20])
 
 
-def test_padding_repeats_the_last_pixels():
-    padded = pad(torch.arange(6.0).reshape(1, 1, 2, 3), 4)
-    assert padded[0, 0].tolist() == [[0, 1, 2, 2], [3, 4, 5, 5], [3, 4, 5, 5], [3, 4, 5, 5]]
+@pytest.mark.parametrize("net", [UNet(1, 2, (4, 6)), StridedUNet(1, 2, (4, 6)), StridedUNet(1, 2, (4,))])
+def test_half_precision_does_not_round_the_image(net):
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(torch.rand(1, 1, 16, 16))
+    assert out.dtype == torch.float32
+    assert not torch.equal(out, out.bfloat16().float())
 
 
 def test_the_unet_is_the_papers():

@@ -1,0 +1,114 @@
+"""What the translator learns from cells that were, and were not, stained together, and how it is judged on both."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from imgshared.config import TranslatorConfig, TranslatorWeights
+from imgshared.data.panel import Panel
+from imgshared.methods.translator import Translator
+from imgshared.types import Batch, InputError
+
+DNA = 1
+UNPAIRED = torch.zeros(16, 2, dtype=torch.bool)
+UNPAIRED[:8, DNA] = UNPAIRED[8:, 0] = True
+OFF = TranslatorWeights(**{f.name: 0.0 for f in fields(TranslatorWeights)})
+SMALL = TranslatorConfig(channels=(4, 6), shared_fraction=0.5, marker_dim=3, discriminator_channels=(4, 5))
+
+
+def weighing(**weights: float) -> dict[str, TranslatorWeights]:
+    return {"weights": replace(OFF, **weights)}
+
+
+def make(settings: dict[str, Any] | None = None, *, measured: Tensor | None = None) -> tuple[Translator, Batch]:
+    torch.manual_seed(0)
+    if measured is None:
+        measured = torch.rand(10, 3) < 0.6
+        measured[:, DNA] = True
+    panel = Panel(("P0", "DNA", "P2")[: measured.shape[1]], "DNA")
+    method = Translator(replace(SMALL, **settings or {}), panel=panel, crop_px=16)
+    images = torch.rand(*measured.shape, 16, 16)
+    images[~measured] = torch.nan  # nothing may ever read them
+    method.prepare(measured, seed=0)
+    method.start(method.stages[0])
+    method.turn("generator")
+    return method, Batch(torch.arange(len(measured)), images, measured)
+
+
+@pytest.mark.parametrize("term", ["cross", "agreement"])
+def test_terms_of_pairs_are_refused_without_pairs(term: str) -> None:
+    with pytest.raises(InputError) as refused:
+        make(weighing(**{term: 0.1}), measured=UNPAIRED)
+    assert f"method.weights.{term} needs cells with two stains" in str(refused.value)
+    assert "configs/translator_unpaired.yaml" in str(refused.value)
+    with pytest.raises(InputError, match="discriminator_sees_source needs cells that show chromatin and another"):
+        make({**weighing(adversarial=1.0), "discriminator_sees_source": True}, measured=UNPAIRED)
+
+
+def test_what_is_paired_shows_chromatin_and_another_stain() -> None:
+    apart = torch.tensor([[True, False, True]] * 5 + [[False, True, False]] * 5)  # proteins together, DNA alone
+    method, batch = make(weighing(cross=1.0, agreement=1.0), measured=apart)
+    assert not method.paired
+    assert not method.stages[0].monitored
+    terms = method.validate(batch)
+    assert (set(terms.parts), terms.count) == ({"full"}, 15)
+    with pytest.raises(InputError, match="discriminator_sees_source needs cells that show chromatin and another"):
+        make({**weighing(adversarial=1.0), "discriminator_sees_source": True}, measured=apart)
+
+
+def test_the_held_out_error_chooses_only_without_a_discriminator() -> None:
+    assert make()[0].stages[0].monitored
+    assert not make(weighing(cross=1.0, adversarial=0.1))[0].stages[0].monitored  # blur would win
+
+
+def test_validation_asks_for_every_stain_from_chromatin() -> None:
+    method, batch = make({"error": "l1"})
+    method.eval()
+    only = torch.zeros_like(batch.measured)
+    only[:, DNA] = True
+    predicted = method.translate(batch.images, only, range(3)).mean
+    pairs = batch.measured.clone()
+    pairs[:, DNA] = False
+    want = (predicted - batch.images)[pairs].abs().mean()
+    terms = method.validate(batch)
+    assert set(terms.parts) == {"cross"}
+    assert terms.total.item() == pytest.approx(want.item(), rel=1e-5)
+    assert terms.count == pairs.sum()
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_held_out_batch_that_cannot_be_judged_does_not_count(paired: bool) -> None:
+    method, batch = make({} if paired else weighing(full=1.0), measured=None if paired else UNPAIRED)
+    keep = torch.arange(batch.measured.shape[1]) == DNA if paired else torch.zeros(2, dtype=torch.bool)
+    terms = method.validate(replace(batch, measured=batch.measured & keep))
+    assert (terms.total, terms.parts, terms.count) == (0, {}, 0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**weighing(patch_nce=1.0, adversarial=1.0, cycle=1.0), "translation_from": 0.5},
+        {**weighing(cycle=1.0, adversarial=1.0), "discriminator_sees_source": True},  # and no cell shows chromatin
+    ],
+)
+def test_a_step_without_any_term_moves_nothing(settings: dict[str, Any]) -> None:
+    method, batch = make(settings)
+    without = torch.arange(3) != DNA
+    for keep in (without, torch.zeros(3, dtype=torch.bool)):
+        stands_still(method, replace(batch, measured=batch.measured & keep))
+
+
+def stands_still(method: Translator, batch: Batch) -> None:
+    for player in method.stages[0].groups:
+        method.turn(player)
+        method.zero_grad()
+        terms = method.loss(batch, player)
+        terms.total.backward()
+        assert terms.total == 0
+        assert not terms.parts
+        assert all(not p.grad.any() for p in method.parameters() if p.requires_grad and p.grad is not None)
