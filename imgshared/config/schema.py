@@ -10,7 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from imgshared.config.methods import ApolloConfig, MethodConfig
-from imgshared.config.terms import CLOSED, Count, Fraction, Length, Positive
+from imgshared.config.terms import CLOSED, Count, Fraction, Length, Positive, Weight
 
 
 @dataclass(config=CLOSED, frozen=True)
@@ -106,6 +106,7 @@ class TrainConfig:
     batch_size: Count = 64  # cells a step, over all devices together
     balance: Literal["cells", "panels"] = "cells"  # panels: a batch holds as many cells of each panel that occurs
     ema: Fraction = 0.0  # decay a step of the averaged weights that predict; 0: no average
+    gradient_clip: Weight = 0.0  # greatest norm of a player's gradient; 0: none
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 where the hardware has it
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     residency: Literal["auto", "device", "memory", "stream"] = "auto"  # where the crops live while training

@@ -175,6 +175,9 @@ class Trainer:
                 optimizer.zero_grad(set_to_none=True)
                 terms.total.backward()
                 average_gradients(self.method.parameters(), self.fabric.world_size)
+                if self.config.gradient_clip:
+                    own = [p for group in optimizer.param_groups for p in group["params"]]
+                    torch.nn.utils.clip_grad_norm_(own, self.config.gradient_clip)
                 optimizer.step()
             meter.add(terms, "discriminator/" if player == "discriminator" else "")
         self._step_tables(stage)

@@ -188,7 +188,7 @@ def test_keys_of_patch_nce_carry_no_gradient() -> None:
     method, batch = make(weighing(patch_nce=1.0))
     step = method._begin(batch)
     source = step.stains.first_visible(len(batch.index))
-    again = Maps([torch.randn_like(h) for h in step.maps.shared])
+    again = Maps([torch.randn(len(source), *h.shape[1:]) for h in step.maps.shared])
     method._patch_nce(step, again, source).backward()
     assert not any(p.grad is not None for p in method.network.parameters())
     assert method.projection is not None

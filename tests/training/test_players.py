@@ -320,3 +320,23 @@ def test_unpaired_cells_meet_in_every_batch_and_the_end_is_the_best(
     assert all(
         {"adversarial", "patch_nce", "cycle"} < set(r) for r in read_metrics(tmp_path / "run") if r["split"] == "train"
     )
+
+
+def test_a_player_moves_no_further_than_its_clipped_gradient(
+    toy_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[float] = []
+    step = torch.optim.Adam.step
+
+    def spy(self: torch.optim.Adam, *args: Any) -> Any:
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(grads)))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    run(experiment(toy_path, "method.epochs=1"), tmp_path / "free")
+    free, norms[:] = list(norms), []
+    bound = sorted(free)[len(free) // 2]
+    run(experiment(toy_path, "method.epochs=1", f"train.gradient_clip={bound}"), tmp_path / "clipped")
+    assert max(free) > bound * 1.01
+    assert max(norms) <= bound * 1.001
