@@ -81,7 +81,6 @@ EDITIONS = {
             "fastcut": (FLIPS, "method.width=16", "train.batch_size=4"),
             "cyclegan": (FLIPS, "method.width=16", "train.batch_size=4"),
             "mvae": (FLIPS, "method.proteins_per_step=3"),
-            "translator": ("train.batch_size=8",),
         },
     ),
     "full": Edition(

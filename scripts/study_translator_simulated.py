@@ -1,6 +1,6 @@
 """translator on simulated cells: is the split clean, what does each term do, and does every further stain help?
 
-    python scripts/study_translator_simulated.py OUT [--seeds 0 1 2] [--cells 2400] [--epochs 20]
+    python scripts/study_translator_simulated.py OUT [--seeds 0 1 2] [--cells 2400] [--epochs 12]
 
 1. All terms on, every seed: shared factors from z_s of DNA, specific factors from it and from their own z_m (linear
    probes on three held-out donors), as `study_simulated.py` asks of apollo.

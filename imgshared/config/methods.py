@@ -91,7 +91,7 @@ class TranslatorConfig:
     discriminator_channels: Channels = (16, 32, 64)
     discriminator_sees_source: bool = False  # it judges (source, stain) pairs: for cells stained together
     epochs: Count = 60
-    lr: Positive = 2e-3
+    lr: Positive = 1e-3
     lr_discriminator: Positive = 2e-4
     lr_decay: Probability = 0.5  # the last part of the training, over which the learning rates fall to zero
 
