@@ -103,3 +103,10 @@ def draw_targets(measured: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
 def rows_showing(measured: Tensor, channels: Tensor) -> Tensor:
     """For each of (Q,) channels draw a cell that (B, C) `measured` has it in; there must be one."""
     return torch.multinomial(measured[:, channels].T.float(), 1)[:, 0]
+
+
+def some(rows: Tensor, share: float) -> Tensor:
+    """Draw a share of (N,) rows, at least one of them where there is any; all, in order, for a share of 1."""
+    if share >= 1 or len(rows) < 2:
+        return rows
+    return rows[torch.randperm(len(rows), device=rows.device)[: max(1, round(share * len(rows)))]]

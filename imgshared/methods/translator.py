@@ -18,7 +18,7 @@ from imgshared import losses
 from imgshared.config import TranslatorConfig
 from imgshared.data.panel import Panel
 from imgshared.methods.base import ParameterGroup, Stage, no_terms, sum_terms
-from imgshared.methods.draws import Stains, at_most, draw_targets, list_stains, rows_showing, show
+from imgshared.methods.draws import Stains, at_most, draw_targets, list_stains, rows_showing, show, some
 from imgshared.methods.game import BETAS, discriminator_terms, signs_of_defeat
 from imgshared.methods.maps import MapMethod, size_of
 from imgshared.models.discriminator import PatchDiscriminator, check_fits
@@ -197,14 +197,14 @@ class Translator(MapMethod):
         return self._error(mean, log_scale, step.batch.images[cells, channels, None])
 
     def _full(self, step: Step) -> Tensor:
-        seen = step.stains.visible[step.encoded]
-        specific = [h[seen] for h in step.maps.specific]
+        rows = some(step.stains.visible[step.encoded].nonzero()[:, 0], self.config.rebuilt)
+        specific = [h[rows] for h in step.maps.specific]
         noise = self.config.latent_noise
         specific = [h + noise * torch.randn_like(h) for h in specific] if noise else specific
-        return self._drawn(step, step.encoded[seen], self.network.own_detail(specific))
+        return self._drawn(step, step.encoded[rows], self.network.own_detail(specific))
 
     def _shared(self, step: Step) -> Tensor:
-        return self._drawn(step, step.stains.visible.nonzero()[:, 0])
+        return self._drawn(step, some(step.stains.visible.nonzero()[:, 0], self.config.rebuilt))
 
     def _cross(self, step: Step) -> Tensor:
         return self._drawn(step, (~step.stains.visible).nonzero()[:, 0])
@@ -255,6 +255,8 @@ class Translator(MapMethod):
         cells, channels = draw_targets(measured, shown)
         if not len(cells):
             return {}
+        kept = some(torch.arange(len(cells), device=cells.device), self.config.translated)
+        cells, channels = cells[kept], channels[kept]
         images, _ = self.network.decode(step.trunk[cells], channels, size_of(batch.images))
         fake = Translated(batch, cells, channels, images)
         parts = {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imgshared.methods.draws import Stains, at_most, draw_targets, list_stains, rows_showing, show
+from imgshared.methods.draws import Stains, at_most, draw_targets, list_stains, rows_showing, show, some
 
 CHROMATIN = 2
 SEEDS = range(60)
@@ -180,3 +180,21 @@ def test_real_stains_come_from_cells_that_have_them_each_as_often() -> None:
     assert counts[2] == 0
     assert (counts[[0, 1, 3]] - 1 / 3).abs().max() < 0.025
     assert rows_showing(measured, torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+@pytest.mark.parametrize(("n", "share", "kept"), [(10, 0.5, 5), (10, 1.0, 10), (3, 0.1, 1), (1, 0.0, 1), (0, 0.5, 0)])
+def test_some_of_the_rows_are_drawn_once_each(n: int, share: float, kept: int) -> None:
+    rows = torch.arange(n) + 7
+    for seed in range(20):
+        torch.manual_seed(seed)
+        drawn = some(rows, share)
+        assert len(drawn) == len(set(drawn.tolist())) == kept
+        assert set(drawn.tolist()) <= set(rows.tolist())
+    if share == 1:
+        assert torch.equal(drawn, rows)
+
+
+def test_every_row_has_its_turn() -> None:
+    torch.manual_seed(0)
+    seen = torch.cat([some(torch.arange(8), 0.25) for _ in range(200)])
+    assert torch.bincount(seen, minlength=8).min() > 25  # of 50 expected

@@ -112,3 +112,23 @@ def stands_still(method: Translator, batch: Batch) -> None:
         assert terms.total == 0
         assert not terms.parts
         assert all(not p.grad.any() for p in method.parameters() if p.requires_grad and p.grad is not None)
+
+
+def test_a_share_of_the_stains_is_drawn_again_and_of_the_cells_translated(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = torch.ones(8, 3, dtype=torch.bool)
+    drawn: list[int] = []
+    for share in (1.0, 0.5, 0.25):
+        config = {**weighing(full=1.0, shared=1.0, adversarial=1.0), "chromatin_only": 1.0}
+        method, batch = make({**config, "rebuilt": share, "translated": share}, measured=everything)
+        decode = method.network.decode
+
+        def spy(trunk: Tensor, *rest: Any, decode: Any = decode) -> Any:
+            drawn.append(len(trunk))
+            return decode(trunk, *rest)
+
+        monkeypatch.setattr(method.network, "decode", spy)
+        method.loss(batch, "generator").total.backward()
+        assert drawn == [round(8 * share)] * 3  # full, shared, translated
+        drawn.clear()
+        method.turn("discriminator")
+        assert set(method.loss(batch, "discriminator").parts) == {"adversarial", "accuracy"}
