@@ -30,7 +30,7 @@ from imgshared.prediction import Run, predict_cells
 
 TERMS = {
     "shared": 0.1,
-    "adversarial": 0.005,
+    "adversarial": 0.007,
     "patch_nce": 0.001,
     "cycle": 0.05,
     "identity": 0.05,
