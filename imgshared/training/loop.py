@@ -106,7 +106,7 @@ class Trainer:
         """Run the remaining stages."""
         train, val = self.feeds["train"], self.feeds["val"]
         self.log.say(
-            f"[bold]{self.experiment.method.name}[/] on {len(train):,} cells ({len(val):,} held out to stop early), "
+            f"[bold]{self.experiment.method.name}[/] on {len(train):,} cells ({len(val):,} held out), "
             f"{', '.join(self.contract.panel.markers)}; {self.fabric.device}, {self.fabric._precision.precision}, "
             f"crops in {'device memory' if train.residency == 'device' else train.residency}; writing {self.run}"
         )
