@@ -70,10 +70,13 @@ def test_what_other_methods_would_ignore_is_refused(settings: list[str], said: s
 
 def test_terms_may_be_off_and_noise_is_on_the_specific_maps_of_a_product() -> None:
     small = ["method.discriminator_channels=[4]"]
-    build("method.name=cut", "method.nce_weight=0", *small)
-    build("method.name=cyclegan", "method.cycle_weight=0", "method.identity_weight=0", *small)
-    build("method.name=mvae", "method.channels=[4,6]", "method.beta=0")
-    build(*TRANSLATOR, "method.fusion=product", "method.latent_noise=1")
+    for settings in (
+        ["method.name=cut", "method.nce_weight=0", *small],
+        ["method.name=cyclegan", "method.cycle_weight=0", "method.identity_weight=0", *small],
+        ["method.name=mvae", "method.channels=[4,6]", "method.beta=0"],
+        [*TRANSLATOR, "method.fusion=product", "method.latent_noise=1"],
+    ):
+        assert isinstance(build(*settings), Method)  # and not refused
 
 
 @pytest.mark.parametrize("head", ["laplace", "gaussian"])
@@ -84,13 +87,14 @@ def test_the_error_of_a_head_with_a_scale_is_its_likelihood(head: str) -> None:
 
 
 def test_with_the_term_on_its_settings_are_taken() -> None:
-    build(
+    method = build(
         *TRANSLATOR, *GAME, "method.adversarial=hinge", "method.discriminator_sees_source=true", "method.weights.r1=1",
         "method.lr_discriminator=1e-3", "method.weights.patch_nce=1", "method.temperature=0.1", "method.patches=7",
         "method.negatives=batch", "method.weights.agreement=1", "method.agreement=triplet",
         "method.weights.independence=1", "method.independence=cross_covariance", "method.fusion=product",
         "method.weights.kl=0.1",
     )  # fmt: skip
+    assert set(method.stages[0].groups) == {"generator", "discriminator"}
 
 
 def test_a_discriminator_must_fit_the_crops() -> None:

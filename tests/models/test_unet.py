@@ -99,8 +99,11 @@ def test_dropout_spares_the_outermost_level():
 
 
 def test_a_single_small_crop_can_be_trained_on():
-    UNet(1, 1, (4, 6))(torch.rand(1, 1, 4, 4))
-    StridedUNet(1, 1, (4, 6))(torch.rand(1, 1, 4, 4))
+    for network in (UNet(1, 1, (4, 6)), StridedUNet(1, 1, (4, 6))):
+        out = network(torch.rand(1, 1, 4, 4))
+        out.sum().backward()
+        assert out.shape == (1, 1, 4, 4)
+        assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
 
 
 def test_crops_too_small_are_refused():
