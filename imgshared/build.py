@@ -157,7 +157,9 @@ def _ignored_by_translator(config: TranslatorConfig) -> dict[str, str]:
     w = config.weights
     groups = (
         (not w.adversarial, "method.weights.adversarial=0",
-         ("adversarial", "discriminator_channels", "discriminator_sees_source", "lr_discriminator", "weights.r1")),
+         ("adversarial", "discriminator_channels", "discriminator_sees_source", "lr_discriminator", "weights.r1",
+          "weights.sharp")),
+        (not w.cross, "method.weights.cross=0", ("weights.sharp",)),
         (not w.patch_nce, "method.weights.patch_nce=0", ("temperature", "patches", "negatives")),
         (not w.agreement, "method.weights.agreement=0", ("agreement",)),
         (not w.independence, "method.weights.independence=0", ("independence",)),
@@ -165,7 +167,7 @@ def _ignored_by_translator(config: TranslatorConfig) -> dict[str, str]:
         (config.fusion == "mean", "method.fusion=mean", ("weights.kl",)),
         (config.fusion == "product" and not w.full, "method.fusion=product and method.weights.full=0",
          ("latent_noise",)),
-        (config.head != "mean", f"method.head={config.head}", ("error",)),
+        (config.head != "mean" and not w.sharp, f"method.head={config.head}", ("error",)),
     )  # fmt: skip
     return {name: reason for ignored, reason, names in groups if ignored for name in names}
 

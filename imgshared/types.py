@@ -65,10 +65,14 @@ class Prediction:
         (B, T, Y, X) float, the expected intensity.
     scale
         (B, T, Y, X) float > 0, the standard deviation that the method expects of each pixel; None without such a head.
+    sharp
+        (B, T, Y, X) float, one image as it may look: the mean with texture that an expectation cannot have; None
+        without such a head.
     """
 
     mean: Tensor
     scale: Tensor | None = None
+    sharp: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,9 @@ def compare(device: torch.device, steps: int) -> tuple[list[dict[str, object]], 
     }
     for term in ("patch_nce", "cycle", "agreement", "independence", "identity"):
         variants[f"{TRANSLATOR} + {term}"] = best("translator", f"method.weights.{term}=0.1")
-    variants["translator without adversarial"] = best("translator", "method.weights.adversarial=0")
+    variants["translator without adversarial"] = best(
+        "translator", "method.weights.adversarial=0", "method.weights.sharp=0"
+    )
     work = {name: bench.step for name, bench in variants.items()} | {PREDICTS: variants[TRANSLATOR].predict}
     for job in work.values():
         job()  # warm up

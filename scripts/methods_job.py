@@ -281,17 +281,20 @@ def task(job: Job) -> None:
     test = shared["test"]
     predict_cells(run, cells, test[:WARM_CELLS], full=False, shared=False)
     began = clock()
-    done = predict_cells(run, cells, test, full=False, shared=False)
+    done = predict_cells(run, cells, test, full=False, shared=False, sharp=run.method.sharp)
     row["predict_cells_per_s"] = len(test) / (clock() - began)
     ours = Normaliser.from_dict(json.loads(str(shared["normaliser"])))
-    real, predicted = (in_units(x, run.normaliser, ours) for x in (done.real, done.images["predicted"]))
-    row["markers"] = score(real, predicted, done.measured, frame(done.masks), run.panel, shared, job["labels"])
+    real = in_units(done.real, run.normaliser, ours)
+    outputs = {name: in_units(x, run.normaliser, ours) for name, x in done.images.items()}
+    for name, predicted in outputs.items():
+        scores = score(real, predicted, done.measured, frame(done.masks), run.panel, shared, job["labels"])
+        row["markers" if name == "predicted" else name] = scores
     pictures = {}
     for marker in job["shown"]:
         rows = np.searchsorted(test, shared[f"{marker}/shown"])
         c = run.panel.index(marker)
         pictures[f"{marker}/dna"] = real[rows, run.panel.chromatin_index]
-        pictures |= {f"{marker}/real": real[rows, c], f"{marker}/predicted": predicted[rows, c]}
+        pictures |= {f"{marker}/real": real[rows, c], **{f"{marker}/{k}": x[rows, c] for k, x in outputs.items()}}
     write(folder / "shown.npz", pictures)
     row |= {"seconds": time.perf_counter() - STARTED, "processor_seconds": time.process_time()}
     write(Path(job["result"]), row)

@@ -48,7 +48,7 @@ def write(folder: Path, dataset: str, paths: Sequence[Path], settings: dict[str,
 def tell(folder: Path, *, readme: bool, pictures: Path | None = None, datasets: Sequence[str] | None = None) -> None:
     """Print every dataset's table, write it beside its JSON with the tables of markers, and where asked into README."""
     for path in sorted(folder.glob("methods_*.json")):
-        result = json.loads(path.read_text())
+        result = both_outputs(json.loads(path.read_text()))
         name = result["dataset"]
         if datasets is not None and name not in datasets:
             continue
@@ -61,6 +61,18 @@ def tell(folder: Path, *, readme: bool, pictures: Path | None = None, datasets: 
             if pictures is not None and (pictures / f"methods_{name}.png").exists():
                 target = ROOT / "docs" / f"methods_{name}.png"
                 target.write_bytes((pictures / f"methods_{name}.png").read_bytes())
+
+
+def both_outputs(result: dict[str, Any]) -> dict[str, Any]:
+    """Give the sharp output of a method a row of its own, which costs nothing more."""
+    sharp = [
+        {**{k: row[k] for k in ("dataset", "turn")}, "method": f"{row['method']}, sharp", "markers": row["sharp"]}
+        for row in result["rows"]
+        if "sharp" in row
+    ]
+    twice = {row["method"].partition(",")[0] for row in sharp}
+    methods = [m for name in result["methods"] for m in ([name, f"{name}, sharp"] if name in twice else [name])]
+    return {**result, "methods": methods, "rows": [*result["rows"], *sharp]}
 
 
 def overview(result: dict[str, Any]) -> str:
@@ -146,10 +158,12 @@ def _by_marker(table: pd.DataFrame, rows: str, key: str, form: str, methods: Seq
 
 
 def into_readme(dataset: str, table: str) -> None:
-    """Write a table between its marks, where README has them."""
+    """Write a table between its marks in README."""
     path = ROOT / "README.md"
     text = path.read_text()
     marks = (f"<!-- methods:{dataset} -->", f"<!-- /methods:{dataset} -->")
+    if not all(mark in text for mark in marks):
+        raise SystemExit(f"README.md has no place for {dataset}: write {marks[0]} and {marks[1]} on lines of their own")
     new = re.sub(
         f"{re.escape(marks[0])}.*?{re.escape(marks[1])}",
         lambda _: f"{marks[0]}\n{table}\n{marks[1]}",
@@ -169,20 +183,22 @@ def picture(out: Path, dataset: str, paths: Sequence[Path], markers: Sequence[st
     if not found:
         return
     some = next(iter(found.values()))
+    columns = {name: (crops, "predicted") for name, crops in found.items()}
+    columns |= {f"{name}, sharp": (c, "sharp") for name, c in found.items() if f"{markers[0]}/sharp" in c}
     rows = [(marker, k) for marker in markers for k in range(len(some[f"{marker}/real"]))]
     store = imgshared.open_store(out / "stores" / dataset / "cells.zarr")
     side = 1.05
-    figure = Figure(((2 + len(found)) * side + 0.3, len(rows) * side + 0.35), facecolor="white", layout="constrained")
+    figure = Figure(((2 + len(columns)) * side + 0.3, len(rows) * side + 0.35), facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)  # type: ignore[union-attr]
-    axes = figure.subplots(len(rows), 2 + len(found), squeeze=False)
+    axes = figure.subplots(len(rows), 2 + len(columns), squeeze=False)
     for number, (line, (marker, k)) in enumerate(zip(axes, rows, strict=True)):
         dna, real = some[f"{marker}/dna"][k], some[f"{marker}/real"][k]
         low, high = np.percentile(real, (0.5, 99.5))
         top = number == 0
         show(line[0], dna, store.panel.chromatin if top else "", *np.percentile(dna, (0.5, 99.5)))
         show(line[1], real, "real" if top else "", low, high)
-        for ax, (method, crops) in zip(line[2:], found.items(), strict=True):
-            show(ax, crops[f"{marker}/predicted"][k], method if top else "", low, max(high, low + 1e-3))
+        for ax, (method, (crops, output)) in zip(line[2:], columns.items(), strict=True):
+            show(ax, crops[f"{marker}/{output}"][k], method if top else "", low, max(high, low + 1e-3))
         name = marker if len(quantiles) == 1 else f"{marker}, {100 * quantiles[k]:.0f}%"
         line[0].text(-0.06, 0.5, name, rotation=90, ha="right", va="center", fontsize=8.5, color=INK,
                      transform=line[0].transAxes)  # fmt: skip

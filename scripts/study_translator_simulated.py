@@ -30,7 +30,7 @@ from imgshared.prediction import Run, predict_cells
 
 TERMS = {
     "shared": 0.1,
-    "adversarial": 0.007,
+    "adversarial": 0.01,
     "patch_nce": 0.001,
     "cycle": 0.05,
     "identity": 0.05,
@@ -85,6 +85,7 @@ def one(a: argparse.Namespace, seed: int, without: str | None) -> dict[str, Any]
     if not (report / "metrics.json").exists():
         Console().rule(run.name)
         weights = [f"method.weights.{k}={0 if k == without else v}" for k, v in TERMS.items()]
+        weights += ["method.weights.sharp=0"] if without == "adversarial" else []
         overrides = [f"data={store}", f"seed={seed}", f"method.epochs={a.epochs}", *SPLIT, *weights]
         experiment = load(Experiment, ROOT / "configs" / "translator.yaml", overrides)
         trained = imgshared.train(experiment, out=run, resume=run.exists(), console=Console())

@@ -33,6 +33,7 @@ def build(*overrides: str) -> Method:
         ("discriminator_sees_source=true", "method.weights.adversarial=0"),
         ("lr_discriminator=1e-3", "method.weights.adversarial=0"),
         ("weights.r1=1", "method.weights.adversarial=0"),
+        ("weights.sharp=1", "method.weights.adversarial=0"),
         ("temperature=0.1", "method.weights.patch_nce=0"),
         ("patches=7", "method.weights.patch_nce=0"),
         ("negatives=batch", "method.weights.patch_nce=0"),
@@ -77,6 +78,11 @@ def test_terms_may_be_off_and_noise_is_on_the_specific_maps_of_a_product() -> No
         [*TRANSLATOR, "method.fusion=product", "method.latent_noise=1"],
     ):
         assert isinstance(build(*settings), Method)  # and not refused
+
+
+def test_a_sharp_output_needs_a_mean_to_stand_on() -> None:
+    with pytest.raises(InputError, match=r"method.weights.sharp has no effect with method.weights.cross=0"):
+        build(*TRANSLATOR, *GAME, "method.weights.cross=0", "method.weights.sharp=1")
 
 
 @pytest.mark.parametrize("head", ["laplace", "gaussian"])

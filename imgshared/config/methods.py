@@ -52,6 +52,9 @@ class TranslatorWeights:
     agreement: Weight = 0.0  # shared latents of a cell's stains find each other
     independence: Weight = 0.0  # shared and specific latents of a stain tell nothing of each other
     patch_nce: Weight = 0.0  # patches of a translated image find their patches in the source (CUT)
+    # each hidden stain in a second output, the mean with texture; above 0 adversarial, patch_nce and cycle teach that
+    # output and leave the mean alone
+    sharp: Weight = 0.0
     adversarial: Weight = 0.0  # a discriminator takes translated for real stains
     r1: Weight = 0.0  # gradient penalty of the discriminator on real stains
     cycle: Weight = 0.0  # a translated stain, translated back, is the source

@@ -139,6 +139,7 @@ class PredictConfig:
     markers: tuple[str, ...] | None = None  # None: every protein of the model
     sources: tuple[str, ...] | None = None  # None: those that the method is bound to, else chromatin
     scale: bool = False  # also the predicted spread of each pixel, where the method has one
+    sharp: bool = False  # also each prediction with texture, where the method has such an output
     full: bool = False  # also each measured stain rebuilt from all of its latents
     shared: bool = False  # also each measured stain rebuilt from its own shared latent
     ome_tiff: bool = False  # also one OME-TIFF an image, for a viewer

@@ -82,6 +82,8 @@ class Method(nn.Module, ABC):
         The channels that it predicts from, where it is bound to some; None: any subset predicts any other stain.
     any_size
         Whether it translates images of any size, not crops alone.
+    sharp
+        Whether its predictions have a sharp output beside the mean.
     progress
         The part of the stage that is done, in [0, 1]; the loop keeps it up to date.
     """
@@ -90,6 +92,7 @@ class Method(nn.Module, ABC):
     stage: Stage
     sources: tuple[int, ...] | None = None
     any_size: bool = False
+    sharp: bool = False
     progress: float = 0.0
 
     @property

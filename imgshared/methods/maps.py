@@ -42,10 +42,12 @@ class MapMethod(LatentMethod):
     def __init__(self, config: TranslatorConfig, panel: Panel) -> None:
         super().__init__()
         self.config, self.panel, self.paired = config, panel, True
+        self.sharp = bool(config.weights.sharp)
         self.network = TranslationNetwork(
             markers=len(panel), chromatin=panel.chromatin_index, channels=config.channels,
             shared_fraction=config.shared_fraction, backbone=config.backbone, by_marker=config.encoders == "marker",
             product=config.fusion == "product", outputs=1 if config.head == "mean" else 2, marker_dim=config.marker_dim,
+            sharp=self.sharp,
         )  # fmt: skip
 
     def prepare(self, measured: Tensor, seed: int) -> None:
@@ -96,7 +98,7 @@ class MapMethod(LatentMethod):
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
         """Draw each target from the fused shared maps of the measured stains; images of any size."""
         trunk, _, _ = self._fused(images, measured)
-        means, scales = [], []
+        means, scales, sharp = [], list[Tensor](), list[Tensor]()
         for target in targets:
             channels = torch.full((len(images),), target, device=images.device)
             mean, log_scale = self.network.decode(trunk, channels, size_of(images))
@@ -104,7 +106,9 @@ class MapMethod(LatentMethod):
             if log_scale is not None:
                 std = 2**0.5 if self.config.head == "laplace" else 1.0  # of a Laplace distribution of scale 1
                 scales.append(std * log_scale.exp())
-        return Prediction(torch.cat(means, 1), torch.cat(scales, 1) if scales else None)
+            if self.network.texture is not None:
+                sharp.append(self.network.sharpen(mean, trunk, channels))
+        return Prediction(torch.cat(means, 1), *(torch.cat(x, 1) if x else None for x in (scales, sharp)))
 
     def reconstruct(self, images: Tensor, measured: Tensor, *, specific: bool) -> Tensor:
         """Rebuild each measured stain from its own shared maps, and with `specific` its own detail."""

@@ -127,7 +127,7 @@ class Translator(MapMethod):
             Names the term and the configuration that fits.
         """
         super().prepare(measured, seed)
-        for term in ("cross", "agreement"):
+        for term in ("cross", "sharp", "agreement"):
             if getattr(self.weights, term) and not (measured.sum(1) > 1).any():
                 raise InputError(
                     f"method.weights.{term} needs cells with two stains, and no training cell has two: set it to 0 and "
@@ -257,9 +257,12 @@ class Translator(MapMethod):
             return {}
         kept = some(torch.arange(len(cells), device=cells.device), self.config.translated)
         cells, channels = cells[kept], channels[kept]
-        images, _ = self.network.decode(step.trunk[cells], channels, size_of(batch.images))
-        fake = Translated(batch, cells, channels, images)
-        parts = {}
+        fake = Translated(batch, cells, channels, self._translated(step, cells, channels))
+        images, parts = fake.images, dict[str, Tensor]()
+        if w.sharp:
+            known = batch.measured[cells, channels]
+            error = losses.pixel_loss(images[known], batch.images[cells, channels, None][known], self.config.error)
+            parts["sharp"] = w.sharp * (error if known.any() else images.sum() * 0.0)
         if self.discriminator is not None:
             self._kept = Translated(batch, cells, channels, images.detach())
             logits = self._judge(fake, self.discriminator)
@@ -272,6 +275,15 @@ class Translator(MapMethod):
             if w.cycle:
                 parts["cycle"] = w.cycle * self._cycle(step, again, source, cells)
         return parts
+
+    def _translated(self, step: Step, cells: Tensor, channels: Tensor) -> Tensor:
+        """Draw stains that were not shown: the mean, or where there is one the sharp output, which alone learns."""
+        trunk, size = step.trunk[cells], size_of(step.batch.images)
+        if not self.weights.sharp:
+            return self.network.decode(trunk, channels, size)[0]
+        with torch.no_grad():
+            mean, _ = self.network.decode(trunk, channels, size)
+        return self.network.sharpen(mean, trunk, channels)
 
     def _patch_nce(self, step: Step, again: Maps, source: Tensor) -> Tensor:
         """Shared maps of the translation against those of its source, level by level (CUT, eq. 4)."""

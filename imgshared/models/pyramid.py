@@ -15,21 +15,24 @@ from imgshared.types import InputError
 
 
 class Block(nn.Module):
-    """``x + conv(act(conv(act(x))))`` with 3x3 convolutions; the last starts small, so a deep stack starts as identity.
+    """``x + conv(act(conv(act(norm(x)))))``, 3x3 convolutions; the last starts small: a deep stack starts as identity.
 
-    No normalisation: statistics of the image would make a tile differ from the slide that it was cut from.
+    BatchNorm keeps long trainings with large steps from diverging. Its statistics are the batch's in training alone: in
+    evaluation they are constants, so a tile is drawn like the slide that it was cut from.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first, self.last = (nn.Conv2d(width, width, 3, 1, 1) for _ in range(2))
+        self.norm = nn.BatchNorm2d(width)
         nn.init.kaiming_normal_(self.first.weight, 0.2)
         nn.init.normal_(self.last.weight, std=1e-3)
         nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, Y, X) to the same."""
-        return x + self.last(F.leaky_relu(self.first(F.leaky_relu(x, 0.2)), 0.2))  # type: ignore[no-any-return]
+        h = F.leaky_relu(self.norm(x), 0.2)
+        return x + self.last(F.leaky_relu(self.first(h), 0.2))  # type: ignore[no-any-return]
 
 
 class Condition(nn.Module):
@@ -93,8 +96,9 @@ class ConvPyramid(nn.Module):
 class TimmPyramid(nn.Module):
     """The first levels of a timm backbone, each brought to the wanted width by a 1x1 convolution.
 
-    A marker's embedding conditions these outputs alone: the backbone itself reads every stain alike. Most backbones
-    have BatchNorm or other statistics of their input, unlike `ConvPyramid`. The weights are not pretrained.
+    A marker's embedding conditions these outputs alone: the backbone itself reads every stain alike. Some backbones
+    look at statistics of their input (squeeze-and-excitation, GroupNorm), unlike `ConvPyramid`. The weights are not
+    pretrained.
 
     Raises
     ------

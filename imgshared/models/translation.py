@@ -57,6 +57,8 @@ class TranslationNetwork(nn.Module):
         1: mean; 2: mean and log scale.
     marker_dim
         Length of a marker's embedding.
+    sharp
+        Whether there is a second head, which adds texture to the mean.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class TranslationNetwork(nn.Module):
         product: bool,
         outputs: int,
         marker_dim: int,
+        sharp: bool,
     ) -> None:
         super().__init__()
         if min(channels) < 2:
@@ -91,6 +94,9 @@ class TranslationNetwork(nn.Module):
         self.own = nn.Conv2d(own[0], channels[0], 1)
         self.absent = nn.Embedding(markers, channels[0])
         self.head = Head(channels[0], markers, marker_dim, self.reductions[0], outputs)
+        self.texture = Head(channels[0], markers, marker_dim, self.reductions[0], 1) if sharp else None
+        if self.texture is not None:
+            _zero(self.texture.last)  # a sharp image starts as the mean
 
     @property
     def multiple(self) -> int:
@@ -135,9 +141,21 @@ class TranslationNetwork(nn.Module):
         -------
         Mean and log scale (None without that head), (Q, 1, Y, X) of the given `size`, Y and X: without the padding.
         """
-        h = trunk + (self.absent(channels)[:, :, None, None].to(trunk.dtype) if detail is None else detail)
+        h = trunk + (self._absent(trunk, channels) if detail is None else detail)
         out = self.head(h, self.marker(channels), channels)[..., : size[0], : size[1]]
         return out[:, :1], soft_bound(out[:, 1:], *LOG_SCALE) if self.outputs == 2 else None
+
+    def sharpen(self, mean: Tensor, trunk: Tensor, channels: Tensor) -> Tensor:
+        """Add texture to the (Q, 1, Y, X) mean of absent stains that `decode` drew of `trunk`; the mean learns nothing.
+
+        An image cannot be both the expectation of a stain and look like one (Blau & Michaeli 2018): so there are two.
+        """
+        assert self.texture is not None
+        out = self.texture(trunk + self._absent(trunk, channels), self.marker(channels), channels)
+        return mean.detach() + out[..., : mean.shape[-2], : mean.shape[-1]]  # type: ignore[no-any-return]
+
+    def _absent(self, trunk: Tensor, channels: Tensor) -> Tensor:
+        return self.absent(channels)[:, :, None, None].to(trunk.dtype)  # type: ignore[no-any-return]
 
 
 class Head(nn.Module):

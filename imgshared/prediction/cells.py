@@ -28,6 +28,7 @@ def predict_cells(
     sources: Sequence[str] | None = None,
     full: bool = True,
     shared: bool = True,
+    sharp: bool = False,
     batch_size: int = 256,
     progress: Progress | None = None,
 ) -> PredictedCells:
@@ -37,7 +38,8 @@ def predict_cells(
         raise InputError(f"{store.path}: no cells to predict")
     parts = []
     done = 0
-    for part in predict_batches(run, store, cells, sources=sources, full=full, shared=shared, batch_size=batch_size):
+    wishes = {"full": full, "shared": shared, "sharp": sharp}
+    for part in predict_batches(run, store, cells, sources=sources, batch_size=batch_size, **wishes):  # type: ignore[arg-type]
         parts.append(part)
         done += len(part.cells)
         if progress:
@@ -54,6 +56,7 @@ def predict_batches(
     sources: Sequence[str] | None = None,
     full: bool = True,
     shared: bool = True,
+    sharp: bool = False,
     batch_size: int = 256,
     targets: Sequence[int] | None = None,
 ) -> Iterator[PredictedCells]:
@@ -66,13 +69,17 @@ def predict_batches(
         none predicts a cell that lacks some from those that it has.
     targets
         Channels to predict, the others stay zero; None is all.
+    full, shared, sharp
+        Also these images; see `PredictedCells`.
 
     Raises
     ------
     InputError
-        Where the store breaks the model's contract, a source is unknown, or a cell has none of the sources.
+        Where the store breaks the model's contract, a source is unknown, a cell has none of the sources, or the method
+        has no sharp output.
     """
     chosen = run.source_mask(sources)
+    run.refuse_sharp(sharp)
     needed = [m for m, c in zip(run.panel.markers, chosen, strict=True) if c]
     channels = run.contract.check(store, needed)
     device = run.fabric.device
@@ -88,7 +95,7 @@ def predict_batches(
         start += len(rows)
         with run.fabric.autocast():
             images, shared_latents, specific_latents, scale = _infer(
-                run, batch, chosen.to(device), range(len(channels)) if targets is None else targets, full, shared
+                run, batch, chosen.to(device), range(len(channels)) if targets is None else targets, full, shared, sharp
             )
         yield PredictedCells(
             rows,
@@ -103,13 +110,15 @@ def predict_batches(
 
 
 def _infer(
-    run: Run, batch: Batch, chosen: Tensor, targets: Sequence[int], full: bool, shared: bool
+    run: Run, batch: Batch, chosen: Tensor, targets: Sequence[int], full: bool, shared: bool, sharp: bool
 ) -> tuple[dict[str, Floats], dict[str, Floats], dict[str, Floats], Floats | None]:
     """Return images, shared latents and specific latents of a batch by name, and the predicted scale."""
     method, markers = run.method, run.panel.markers
     source = batch.measured & chosen
     prediction = method.translate(batch.images, source, targets)
     images = {"predicted": _in_place(prediction.mean, targets, len(markers))}
+    if sharp and prediction.sharp is not None:
+        images["sharp"] = _in_place(prediction.sharp, targets, len(markers))
     scale = None if prediction.scale is None else _numpy(_in_place(prediction.scale, targets, len(markers)))
     shared_latents: dict[str, Floats] = {}
     specific_latents: dict[str, Floats] = {}

@@ -22,6 +22,7 @@ def predict_image(
     *,
     markers: Sequence[str] | None = None,
     sources: Sequence[str] | None = None,
+    sharp: bool = False,
 ) -> Floats:
     """Predict stains of a whole image at once.
 
@@ -35,6 +36,8 @@ def predict_image(
         Stains to predict, in this order; None is every protein of the model.
     sources
         Stains to predict from; None is those that the method is bound to, else chromatin.
+    sharp
+        The sharp output instead of the mean, of a method that has one.
 
     Returns
     -------
@@ -43,13 +46,15 @@ def predict_image(
     Raises
     ------
     InputError
-        Where a source is not among the channels, a name is unknown, or the method knows crops alone.
+        Where a source is not among the channels, a name is unknown, the method knows crops alone, or has no sharp
+        output.
     """
     if not run.method.any_size:
         raise InputError(
             f"{run.experiment.method.name} predicts crops of {run.contract.crop_px} px alone: use `predict` on a store "
             "of crops, or train translator, regression, pix2pix, cut, cyclegan or linear"
         )
+    run.refuse_sharp(sharp)
     if image.ndim != 3 or len(image) != len(channels):
         raise InputError(f"an image of shape {image.shape} is not (C, Y, X) with the {len(channels)} channels named")
     chosen = run.source_mask(sources)
@@ -67,5 +72,6 @@ def predict_image(
     targets = run.panel.indices(markers or run.panel.proteins)
     with run.fabric.autocast():
         batch = normalised.contiguous(memory_format=torch.channels_last)
-        predicted = run.method.translate(batch, chosen.to(device)[None], targets).mean[0]
+        prediction = run.method.translate(batch, chosen.to(device)[None], targets)
+        predicted = (prediction.sharp if sharp else prediction.mean)[0]  # type: ignore[index]
     return np.asarray(run.normaliser.select(targets).inverse(predicted.float()).cpu().numpy(), np.float32)

@@ -76,6 +76,20 @@ class Run:
         mask[wanted] = True
         return mask
 
+    def refuse_sharp(self, wanted: bool) -> None:
+        """Refuse to give a sharp output that the method has not.
+
+        Raises
+        ------
+        InputError
+            Says which training gives one.
+        """
+        if wanted and not self.method.sharp:
+            raise InputError(
+                f"sharp=true: this {self.experiment.method.name} predicts the mean alone; train translator with "
+                "method.weights.sharp and method.weights.adversarial above 0"
+            )
+
 
 def load_run(path: str | Path, *, checkpoint: str = "best") -> Run:
     """Open a run folder for prediction.

@@ -28,7 +28,8 @@ class PredictedCells:
         (n, Y, X) bool, the nucleus.
     images
         Named predictions, each (n, C, Y, X): ``predicted`` (each marker from the sources alone), and where asked for
-        ``full`` (each measured marker rebuilt from all of its latents) and ``shared`` (from its own shared latent).
+        ``sharp`` (the same with texture), ``full`` (each measured marker rebuilt from all of its latents) and
+        ``shared`` (from its own shared latent).
         `full` and `shared` are zero where the marker is not measured.
     shared
         Shared latents, each (n, S): by the marker that they were encoded from, NaN where it is not measured,

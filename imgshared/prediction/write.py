@@ -38,8 +38,8 @@ def predict(
 
     Written: `obs` of the store; `var` the predicted markers; `X` mean predicted intensity in each cell's mask;
     ``layers["measured"]``; ``obsm["predicted_images"]`` (N, T, Y, X) float32 in the raw units of the images, with
-    ``predicted_scale`` (standard deviation a pixel), ``full_images`` and ``shared_images`` on request; from a method
-    with latents ``obsm["X_shared"]`` and ``obsm["X_<marker>"]``, the latents
+    ``predicted_scale`` (standard deviation a pixel), ``sharp_images``, ``full_images`` and ``shared_images`` on
+    request; from a method with latents ``obsm["X_shared"]`` and ``obsm["X_<marker>"]``, the latents
     (of the sources, and specific; NaN where a marker is not measured; a slash in its name becomes _). With
     ``ome_tiff`` also ``<out>.ome/<image>.ome.tif``, the cells of an image as frames (TCYX), measured and predicted
     channels named.
@@ -94,13 +94,13 @@ def _predict_all(
     means, measured, done = [], [], 0
     batches = predict_batches(
         run, store, np.arange(len(store)), sources=config.sources, full=config.full, shared=config.shared,
-        batch_size=config.batch_size, targets=targets,
+        sharp=config.sharp, batch_size=config.batch_size, targets=targets,
     )  # fmt: skip
     for part in batches:
         raw = {
             name: normaliser.inverse(torch.from_numpy(image[:, targets])).numpy() for name, image in part.images.items()
         }
-        for name in raw.keys() - {"predicted"}:
+        for name in raw.keys() - {"predicted", "sharp"}:
             raw[name] *= part.measured[:, targets, None, None]
         arrays = {f"{name}_images": image for name, image in raw.items()}
         if config.scale:
@@ -132,6 +132,7 @@ def _refuse_unknown_wishes(run: Run, config: PredictConfig) -> None:
     for wish in ("full", "shared"):
         if getattr(config, wish) and not isinstance(run.method, LatentMethod):
             raise InputError(f"{wish}=true: {name} has no latents to rebuild a stain from; leave it out")
+    run.refuse_sharp(config.sharp)
     head = getattr(run.experiment.method, "head", getattr(run.experiment.method, "error", ""))
     if config.scale and head not in ("laplace", "gaussian"):
         raise InputError(

@@ -208,10 +208,10 @@ class Trainer:
         measure = values.pop(MEASURE, 0.0)
         finite = all(map(math.isfinite, values.values()))
         if not finite or at.diverges(measure, values, self.config.diverged):
-            what = f"grew to {measure:.3g}" if finite else "is not a number"
+            what, last = f"grew to {measure:.3g}" if finite else "is not a number", last_path(self.run)
+            kept = f"The checkpoint before that is kept: {last}." if last.exists() else "There was no checkpoint yet."
             raise Diverged(
-                f"the loss {what} in stage {stage.name}, epoch {at.epoch}, step {at.total}. "
-                f"The last good checkpoint is kept in {self.run}. "
+                f"the loss {what} in stage {stage.name}, epoch {at.epoch}, step {at.total}. {kept} "
                 "Try a smaller learning rate (method.lr...), or train.precision=float32"
             )
         self.log.record(at.total, at.epoch, stage.name, "train", values | {"cells_per_s": cells_per_s})

@@ -57,31 +57,34 @@ class Watch:
     def look(self, method: Method, step: int) -> tuple[dict[str, float], NDArray[np.uint8] | None]:
         """Translate; write ``<step>.png`` and return the spread of each stain and the picture, (Y, X) uint8.
 
-        ``diversity/<marker>``: standard deviation between cells, mean over pixels, predicted over real; a method that
+        ``diversity/<marker>``: standard deviation between cells, mean over pixels, predicted (sharp, where the method
+        has such an output) over real; a method that
         predicts the mean of what is possible stays below 1, a collapsed one near 0.
         """
         if not self.targets:
             return {}, None
-        predicted = method.translate(self._real, self._given, self.targets).mean.float()
+        prediction = method.translate(self._real, self._given, self.targets)
+        predicted = (prediction.mean if prediction.sharp is None else prediction.sharp).float()
         spread = {}
         for t, target in enumerate(self.targets):
             rows = self._measured[:, target]
             rows = rows if rows.sum() > 1 else torch.ones_like(rows)
             ours = float(predicted[rows, t].std(0).mean())
             spread[f"diversity/{self.panel.markers[target]}"] = ours / self._spread[target]
-        picture = self._draw(predicted)
+        shown = {"predicted": prediction.mean, **({} if prediction.sharp is None else {"sharp": prediction.sharp})}
+        picture = self._draw(shown)
         if self.folder is not None:
             self.folder.mkdir(exist_ok=True)
             Image.fromarray(picture).save(self.folder / f"{step:07d}.png")
         return spread, picture
 
-    def _draw(self, predicted: Tensor) -> NDArray[np.uint8]:
-        """Draw a row a cell: the sources, then real (black where not measured) and predicted at one contrast."""
+    def _draw(self, predicted: dict[str, Tensor]) -> NDArray[np.uint8]:
+        """Draw a row a cell: the sources, then real (black where not measured) and predictions at one contrast."""
         rows = _spaced(self._measured[:, self.targets], SHOWN)
         columns: list[tuple[str, Tensor]] = [(self.panel.markers[c], self._real[rows, c]) for c in self.sources]
         for t, target in list(enumerate(self.targets))[:STAINS]:
             name = self.panel.markers[target]
-            columns += [(name, self._real[rows, target]), ("predicted", predicted[rows, t])]
+            columns += [(name, self._real[rows, target]), *((what, x[rows, t]) for what, x in predicted.items())]
         side = self._real.shape[2] + GAP
         picture = Image.new("L", (len(columns) * (self._real.shape[3] + GAP), CAPTION + len(rows) * side))
         draw = ImageDraw.Draw(picture)

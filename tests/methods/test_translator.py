@@ -62,6 +62,7 @@ def make(measured: Tensor, weights: dict[str, float], **settings: object) -> tup
     method.prepare(measured, seed=0)
     method.start(method.stages[0])
     method.turn("generator")
+    method.eval()  # batch statistics would tie a cell's formula to the others
     return method, Batch(torch.arange(len(measured)), images, measured)
 
 
@@ -300,6 +301,7 @@ def test_patch_nce_finds_each_patch_in_the_source(negatives: str) -> None:
         (["agreement", "independence"], (1, 37, 1, 0, 0, 0)),
         (["identity"], (1, 20, 2, 0, 1, 0)),
         (["adversarial"], (1, 20, 1, 0, 1, 1)),
+        (["sharp", "adversarial"], (1, 20, 1, 0, 1, 1)),
         (["patch_nce"], (2, 40, 1, 0, 1, 0)),
         (["cycle"], (2, 40, 2, 0, 2, 0)),
         (["adversarial", "patch_nce", "cycle"], (2, 40, 2, 0, 2, 1)),
@@ -362,6 +364,7 @@ DRAWN = READ | {"marker", "shared_path", "absent", "head"}
         ("kl", READ | {"log_std"}),
         ("cycle", DRAWN),
         ("adversarial", DRAWN),
+        ("sharp", (DRAWN - {"head"}) | {"texture"}),  # the mean stays what it is
         ("patch_nce", DRAWN | {"projection"}),
     ],
 )
@@ -371,7 +374,9 @@ def test_a_gradient_reaches_what_it_should_and_nothing_else(name: str, moved: se
         three_stains(), {name: 1.0, "adversarial": 0.5} if name != "patch_nce" else {name: 1.0}, **fusion
     )
     parts: dict[str, Tensor] = {}
-    method.weights = replace(method.weights, adversarial=0.5 * (name == "adversarial"))  # the discriminator is there
+    method.weights = replace(
+        method.weights, adversarial=0.5 * (name in ("adversarial", "sharp"))
+    )  # the discriminator is there
     method.loss(batch, "generator").total.backward()
     for full_name, p in method.named_parameters():
         top = full_name.split(".")[0] if not full_name.startswith("network.") else full_name.split(".")[1]
@@ -381,6 +386,40 @@ def test_a_gradient_reaches_what_it_should_and_nothing_else(name: str, moved: se
     if name == "independence":  # both halves of every level
         blocks = [block for encoder in method.network.encoders for block in encoder.blocks]
         assert all(block.last.bias.grad.all() for block in blocks)
+
+
+@pytest.mark.parametrize("term", ["adversarial", "patch_nce", "cycle"])
+def test_beside_a_sharp_output_no_translation_term_moves_the_mean(term: str) -> None:
+    method, batch = make(two_stains(), {"sharp": 1.0, "adversarial": 1.0, term: 1.0})
+    method.weights = replace(OFF, sharp=1e-30, **{term: 1.0})
+    method.loss(batch, "generator").total.backward()
+    head = method.network.head.bias.grad
+    assert method.network.texture is not None
+    assert method.network.texture.bias.grad.any()
+    assert (term == "cycle") == (head is not None and bool(head.any()))  # which draws the source back by the mean
+
+
+def test_the_sharp_output_is_the_mean_and_texture_and_is_scored_where_it_is_known() -> None:
+    method, batch = make(three_stains(), {"cross": 1.0, "sharp": 0.7, "adversarial": 1.0})
+    torch.manual_seed(3)
+    parts = method.loss(batch, "generator").parts
+    kept = method._kept
+    assert kept is not None
+    each = []
+    for i, c, image in zip(kept.cells.tolist(), kept.channels.tolist(), kept.images, strict=True):
+        shared = fused(method, batch, i, [DNA])
+        trunk = method.network.shared_path(shared)
+        h = trunk + method.network.absent.weight[c][None, :, None, None]
+        assert method.network.texture is not None
+        texture = method.network.texture(h, method.network.marker.weight[c][None], torch.tensor([c]))
+        torch.testing.assert_close(image[None], draw(method, shared, c) + texture, rtol=1e-4, atol=1e-5)
+        if batch.measured[i, c]:
+            each.append((image[0] - batch.images[i, c]).square().mean())
+    assert 0 < len(each) < len(kept.cells)
+    assert parts["sharp"].item() == pytest.approx(0.7 * mean(each), rel=1e-4)
+    prediction = method.translate(batch.images, torch.ones_like(batch.measured) & batch.measured, [0])
+    assert prediction.sharp is not None
+    assert not torch.equal(prediction.sharp, prediction.mean)
 
 
 def test_a_turn_moves_one_player() -> None:

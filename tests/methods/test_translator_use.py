@@ -52,6 +52,7 @@ def make(
     method.prepare(measured, seed=0)
     method.start(method.stages[0])
     method.turn("generator")
+    method.eval()
     return method, Batch(torch.arange(len(measured)), images, measured)
 
 

@@ -2,6 +2,7 @@ import errno
 import hashlib
 import io
 import shutil
+from dataclasses import replace
 
 import anndata
 import numpy as np
@@ -12,10 +13,11 @@ import yaml
 from rich.console import Console
 
 from imgshared import api
-from imgshared.config import Experiment, PredictConfig, dump, validate
+from imgshared.build import build_method
+from imgshared.config import Experiment, PredictConfig, TranslatorConfig, TranslatorWeights, dump, validate
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore, StoreWriter
-from imgshared.prediction import load_run, predict, predict_cells
+from imgshared.prediction import load_run, predict, predict_cells, predict_image
 from imgshared.types import InputError
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -200,6 +202,33 @@ def test_the_scale_follows_the_slope_of_the_normaliser(tiny, tmp_path_factory, t
     mean, scale = cells.images["predicted"][:, 1:], cells.scale[:, 1:]
     up, down = (np.sinh((mean + sign * scale) * (high - low) + low) * 5 for sign in (1, -1))
     np.testing.assert_allclose(found, (up - down) / 2, rtol=1e-3)
+
+
+def test_the_sharp_output_is_written_in_raw_units_beside_the_mean(trained_run, toy, tmp_path):
+    weights = TranslatorWeights(sharp=0.3, adversarial=0.01)
+    config = TranslatorConfig(channels=(4, 6), marker_dim=3, weights=weights, discriminator_channels=(4,))
+    torch.manual_seed(0)
+    method = build_method(config, trained_run.panel, trained_run.contract.crop_px).eval()
+    torch.nn.init.normal_(method.network.texture.last.weight)  # it starts at zero
+    run = replace(trained_run, method=method, experiment=replace(trained_run.experiment, method=config))
+    out = anndata.read_zarr(predict(run, toy, tmp_path / "p.zarr", PredictConfig(sharp=True, markers=("P2",))))
+    cells = predict_cells(run, toy, sharp=True, full=False, shared=False)
+    assert set(cells.images) == {"predicted", "sharp"}
+    assert np.abs(cells.images["sharp"] - cells.images["predicted"]).max() > 1e-3
+    sharp = torch.from_numpy(cells.images["sharp"][:, 2:])
+    raw = run.normaliser.select([2]).inverse(sharp).numpy()
+    np.testing.assert_allclose(out.obsm["sharp_images"], raw, rtol=1e-3, atol=0.5)
+    field = toy.images(np.arange(1))[0]
+    whole, mean = (predict_image(run, field, toy.panel.markers, markers=["P2"], sharp=s) for s in (True, False))
+    np.testing.assert_allclose(whole, raw[0], rtol=1e-3, atol=0.5)
+    assert np.abs(whole - mean).max() > 1
+    assert "sharp_images" not in anndata.read_zarr(predict(run, toy, tmp_path / "q.zarr")).obsm
+
+
+def test_a_sharp_output_is_refused_where_there_is_none(trained_run, toy, tmp_path):
+    with pytest.raises(InputError, match=r"sharp=true: this apollo predicts the mean alone; train translator with"):
+        predict(trained_run, toy, tmp_path / "p.zarr", PredictConfig(sharp=True))
+    assert not (tmp_path / "p.zarr").exists()
 
 
 def test_a_scale_is_refused_where_there_is_none(trained_run, toy, tmp_path):
