@@ -24,6 +24,8 @@ agreement    Cohen's kappa between the answers that a classifier (logistic regre
              real stains of the training groups) gives on the real and on the predicted stain of the same cells; only
              where it reads the label from real held-out stains with a balanced accuracy of chance + 0.1 or more
 
+translator has two outputs, the mean and the sharp one that its discriminator teaches, and a row for each.
+
 Scores are means over markers, then over seeds or folds (least to greatest of these). Bold: the best, and whatever is as
 good or better in at least one seed or fold.
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The studies of the README and their figures, from nothing but the project and the folder of real images.
 #   scripts/reproduce.sh DATA OUT
-# DATA holds bbbc013/ and imc_spleen/. Finished parts are not computed again. Of the order of an hour on 2 CPU cores.
+# DATA holds bbbc013/ and imc_spleen/. Finished parts are not computed again. About four hours on 2 CPU cores.
 set -euo pipefail
 [ $# -eq 2 ] || { sed -n 2,4p "$0"; exit 2; }
 here="$(cd "$(dirname "$0")/.." && pwd)"
@@ -13,5 +13,8 @@ cd "$here/scripts"
 "$python" study_bbbc013.py "$data" "$out/bbbc013" --record "$out/results/bbbc013.json"
 "$python" study_imc_spleen.py "$data" "$out/imc_spleen" --record "$out/results/imc_spleen.json"
 "$python" study_simulated.py "$out/simulated" --record "$out/results/simulated.json"
+"$python" study_translator_simulated.py "$out/translator_simulated" --record "$out/results/translator_simulated.json"
+"$python" study_translator_real.py "$data" "$out/translator_real" --record "$out/results"
+"$python" benchmark_methods.py "$data" "$out/methods" --record "$out/results"
 "$python" benchmark_training.py --record "$out/results/training.json"
 "$python" figures.py "$out"

@@ -86,7 +86,7 @@ class Translator(MapMethod):
     def __init__(self, config: TranslatorConfig, *, panel: Panel, crop_px: int) -> None:
         super().__init__(config, panel)
         self.weights = config.weights
-        if crop_px < self.network.multiple:
+        if crop_px <= self.network.multiple:  # BatchNorm needs more than one value of a channel, even of one stain
             raise InputError(
                 f"method.channels: {len(config.channels)} levels halve the image to 1/{self.network.multiple}, crops "
                 f"are {crop_px} px: name fewer"

@@ -243,6 +243,7 @@ def test_crops_of_any_size_train_and_predict(backbone: str, side: int | tuple[in
     ("settings", "side", "said"),
     [
         ({"channels": (4, 4, 4, 4)}, 8, "4 levels halve the image to 1/16, crops are 8 px: name fewer"),
+        ({"channels": (4, 4, 4, 4)}, 16, "4 levels halve the image to 1/16, crops are 16 px: name fewer"),
         ({"channels": (4, 1)}, 16, "a level needs two, one shared and one specific"),
         ({"discriminator_channels": (4,) * 4, **weighing(adversarial=1.0)}, 16, "patches of 70 px, larger than"),
         ({"backbone": "resnet10x"}, 16, "method.backbone: timm knows no model 'resnet10x'. Did you mean 'resnet10t'"),
