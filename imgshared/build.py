@@ -150,15 +150,16 @@ def _refuse_ignored(config: MethodConfig) -> None:
         here = getattr(config, section) if section else config
         default = next(f.default for f in dataclasses.fields(here) if f.name == key)
         if getattr(here, key) != default:
-            raise InputError(f"method.{name} has no effect with {reason}: leave it out")
+            shown = str(default).lower() if isinstance(default, bool) else default
+            raise InputError(f"method.{name} has no effect with {reason}: leave it out, or set it to {shown}")
 
 
 def _ignored_by_translator(config: TranslatorConfig) -> dict[str, str]:
     w = config.weights
     groups = (
         (not w.adversarial, "method.weights.adversarial=0",
-         ("adversarial", "discriminator_channels", "discriminator_sees_source", "lr_discriminator", "weights.r1",
-          "weights.sharp")),
+         ("adversarial", "discriminator_channels", "discriminator_sees_source",
+          "lr_discriminator", "weights.r1", "weights.sharp")),
         (not w.cross, "method.weights.cross=0", ("weights.sharp",)),
         (not w.patch_nce, "method.weights.patch_nce=0", ("temperature", "patches", "negatives")),
         (not w.agreement, "method.weights.agreement=0", ("agreement",)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,13 +66,13 @@ class Prediction:
     scale
         (B, T, Y, X) float > 0, the standard deviation that the method expects of each pixel; None without such a head.
     sharp
-        (B, T, Y, X) float, one image as it may look: the mean with texture that an expectation cannot have; None
-        without such a head.
+        Draws, when called, (B, T, Y, X) float, one image as it may look: the mean with texture that an expectation
+        cannot have; None without such a head.
     """
 
     mean: Tensor
     scale: Tensor | None = None
-    sharp: Tensor | None = None
+    sharp: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)

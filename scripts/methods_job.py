@@ -279,9 +279,9 @@ def task(job: Job) -> None:
     gc.collect()
     run = load_run(folder / "run")
     test = shared["test"]
-    predict_cells(run, cells, test[:WARM_CELLS], full=False, shared=False)
+    predict_cells(run, cells, test[:WARM_CELLS], full=False, shared=False, latents=False)
     began = clock()
-    done = predict_cells(run, cells, test, full=False, shared=False, sharp=run.method.sharp)
+    done = predict_cells(run, cells, test, full=False, shared=False, latents=False, sharp=run.method.sharp)
     row["predict_cells_per_s"] = len(test) / (clock() - began)
     ours = Normaliser.from_dict(json.loads(str(shared["normaliser"])))
     real = in_units(done.real, run.normaliser, ours)

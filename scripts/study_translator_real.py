@@ -138,7 +138,7 @@ def against_shuffled(run: Run, store: CellStore, n: int = 2000) -> list[dict[str
     """Pixel Pearson and intensity Spearman of predictions, and of the same predictions given to other cells."""
     test = np.flatnonzero(run.split.assign(store.obs) == "test")
     cells = np.sort(np.random.default_rng(0).choice(test, min(n, len(test)), replace=False))
-    done = predict_cells(run, store, cells, full=False, shared=False)
+    done = predict_cells(run, store, cells, full=False, shared=False, latents=False)
     c = run.panel.index(run.panel.proteins[0])
     real, predicted = done.real[:, c], done.images["predicted"][:, c]
     other = np.random.default_rng(1).permutation(len(cells))

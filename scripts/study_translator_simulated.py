@@ -112,14 +112,16 @@ def read(report: Path) -> dict[str, float]:
 
 
 def detail(run: Run, store: CellStore, cells: int = 500) -> dict[str, float]:
-    """Return the median spectral ratio of the predicted stains of some held-out cells, mean over markers."""
+    """Return the median spectral ratio of predicted (sharp) stains of some held-out cells, mean over markers."""
     held_out = np.flatnonzero(store.obs["group"].isin(HELD_OUT))
-    done = predict_cells(run, store, held_out[:: max(1, len(held_out) // cells)], full=False, shared=False)
+    some = held_out[:: max(1, len(held_out) // cells)]
+    done = predict_cells(run, store, some, full=False, shared=False, latents=False, sharp=run.method.sharp)
+    images = done.images["sharp" if run.method.sharp else "predicted"]
     ratios = []
     for marker in run.panel.proteins:
         c = run.panel.index(marker)
         rows = done.measured[:, c]
-        ratios.append(np.nanmedian(scores.spectral_ratio(done.real[rows, c], done.images["predicted"][rows, c])))
+        ratios.append(np.nanmedian(scores.spectral_ratio(done.real[rows, c], images[rows, c])))
     return {"detail": float(np.mean(ratios))}
 
 
@@ -145,7 +147,7 @@ def subsets(run: Run, store: CellStore) -> list[dict[str, Any]]:
 
 
 def _error(run: Run, store: CellStore, cells: Any, marker: str, sources: list[str]) -> float:
-    done = predict_cells(run, store, cells, sources=sources, full=False, shared=False)
+    done = predict_cells(run, store, cells, sources=sources, full=False, shared=False, latents=False)
     c = run.panel.index(marker)
     return float(np.mean((done.images["predicted"][:, c] - done.real[:, c]) ** 2))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from imgshared.build import build_measured, build_method, build_normaliser, build_split
-from imgshared.config import Experiment, load
+from imgshared.config import Experiment, TranslatorConfig, load
 from imgshared.data.normalise import fit_normaliser
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore
@@ -30,8 +30,8 @@ def build(*overrides: str) -> Method:
     [
         ("adversarial=hinge", "method.weights.adversarial=0"),
         ("discriminator_channels=[4,4]", "method.weights.adversarial=0"),
-        ("discriminator_sees_source=true", "method.weights.adversarial=0"),
-        ("lr_discriminator=1e-3", "method.weights.adversarial=0"),
+        ("discriminator_sees_source=false", "method.weights.adversarial=0"),
+        ("lr_discriminator=1e-2", "method.weights.adversarial=0"),
         ("weights.r1=1", "method.weights.adversarial=0"),
         ("weights.sharp=1", "method.weights.adversarial=0"),
         ("temperature=0.1", "method.weights.patch_nce=0"),
@@ -46,7 +46,17 @@ def build(*overrides: str) -> Method:
 def test_a_setting_of_a_term_that_is_off_is_refused(setting: str, reason: str) -> None:
     with pytest.raises(InputError) as refused:
         build(*TRANSLATOR, "method.weights.agreement=0", f"method.{setting}")
-    assert str(refused.value) == f"method.{setting.partition('=')[0]} has no effect with {reason}: leave it out"
+    name = setting.partition("=")[0]
+    assert str(refused.value) == (
+        f"method.{name} has no effect with {reason}: leave it out, or set it to {default(name)}"
+    )
+
+
+def default(name: str) -> str:
+    value: object = TranslatorConfig()
+    for part in name.split("."):
+        value = getattr(value, part)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +104,8 @@ def test_the_error_of_a_head_with_a_scale_is_its_likelihood(head: str) -> None:
 
 def test_with_the_term_on_its_settings_are_taken() -> None:
     method = build(
-        *TRANSLATOR, *GAME, "method.adversarial=hinge", "method.discriminator_sees_source=true", "method.weights.r1=1",
-        "method.lr_discriminator=1e-3", "method.weights.patch_nce=1", "method.temperature=0.1", "method.patches=7",
+        *TRANSLATOR, *GAME, "method.adversarial=hinge", "method.discriminator_sees_source=false", "method.weights.r1=1",
+        "method.lr_discriminator=1e-2", "method.weights.patch_nce=1", "method.temperature=0.1", "method.patches=7",
         "method.negatives=batch", "method.weights.agreement=1", "method.agreement=triplet",
         "method.weights.independence=1", "method.independence=cross_covariance", "method.fusion=product",
         "method.weights.kl=0.1",

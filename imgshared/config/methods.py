@@ -52,8 +52,8 @@ class TranslatorWeights:
     agreement: Weight = 0.0  # shared latents of a cell's stains find each other
     independence: Weight = 0.0  # shared and specific latents of a stain tell nothing of each other
     patch_nce: Weight = 0.0  # patches of a translated image find their patches in the source (CUT)
-    # each hidden stain in a second output, the mean with texture; above 0 adversarial, patch_nce and cycle teach that
-    # output and leave the mean alone
+    # each hidden stain in a second output, the mean with texture; above 0 adversarial teaches that output alone, and
+    # patch_nce and cycle judge it, too
     sharp: Weight = 0.0
     adversarial: Weight = 0.0  # a discriminator takes translated for real stains
     r1: Weight = 0.0  # gradient penalty of the discriminator on real stains
@@ -83,7 +83,9 @@ class TranslatorConfig:
     visible_proteins: Count | None = 2  # at most so many of a cell's proteins are shown in a step; None: all
     hidden_proteins: Count | None = 4  # at most so many hidden stains of a cell are predicted in a step; None: all
     rebuilt: Probability = 1.0  # of the visible stains are drawn again in a step, for full and shared
-    translated: Probability = 1.0  # of the cells are translated in a step, for adversarial, patch_nce and cycle
+    translated: Count | None = (
+        None  # so many cells are translated in a step, for adversarial, patch_nce, cycle; None: all
+    )
     latent_noise: Weight = 0.0  # standard deviation of noise on the maps; product: on the specific ones alone
     weights: TranslatorWeights = dataclasses.field(default_factory=TranslatorWeights)
     translation_from: Probability = 0.0  # the part of the training before which patch_nce, adversarial and cycle rest
@@ -93,11 +95,11 @@ class TranslatorConfig:
     patches: Count = 64  # positions a level, of patch_nce
     negatives: Literal["image", "batch"] = "image"  # of patch_nce
     adversarial: Adversarial = "lsgan"
-    discriminator_channels: Channels = (16, 32, 64)
-    discriminator_sees_source: bool = False  # it judges (source, stain) pairs: for cells stained together
+    discriminator_channels: Channels = (32, 64, 128)
+    discriminator_sees_source: bool = True  # it judges (source, stain) pairs: for cells stained together
     epochs: Count = 60
     lr: Positive = 1e-3
-    lr_discriminator: Positive = 2e-4
+    lr_discriminator: Positive = 1e-3
     lr_decay: Probability = 0.5  # the last part of the training, over which the learning rates fall to zero
 
 

@@ -105,6 +105,13 @@ def rows_showing(measured: Tensor, channels: Tensor) -> Tensor:
     return torch.multinomial(measured[:, channels].T.float(), 1)[:, 0]
 
 
+def few(rows: Tensor, limit: int | None) -> Tensor:
+    """Draw at most `limit` of (N,) rows; all, in order, where there are no more, or for None."""
+    if limit is None or len(rows) <= limit:
+        return rows
+    return rows[torch.randperm(len(rows), device=rows.device)[:limit]]
+
+
 def some(rows: Tensor, share: float) -> Tensor:
     """Draw a share of (N,) rows, at least one of them where there is any; all, in order, for a share of 1."""
     if share >= 1 or len(rows) < 2:

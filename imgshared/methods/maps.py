@@ -98,17 +98,19 @@ class MapMethod(LatentMethod):
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
         """Draw each target from the fused shared maps of the measured stains; images of any size."""
         trunk, _, _ = self._fused(images, measured)
-        means, scales, sharp = [], list[Tensor](), list[Tensor]()
-        for target in targets:
-            channels = torch.full((len(images),), target, device=images.device)
+        asked = [torch.full((len(images),), target, device=images.device) for target in targets]
+        means, scales = list[Tensor](), list[Tensor]()
+        for channels in asked:
             mean, log_scale = self.network.decode(trunk, channels, size_of(images))
             means.append(mean)
             if log_scale is not None:
                 std = 2**0.5 if self.config.head == "laplace" else 1.0  # of a Laplace distribution of scale 1
                 scales.append(std * log_scale.exp())
-            if self.network.texture is not None:
-                sharp.append(self.network.sharpen(mean, trunk, channels))
-        return Prediction(torch.cat(means, 1), *(torch.cat(x, 1) if x else None for x in (scales, sharp)))
+
+        def sharp() -> Tensor:
+            return torch.cat([self.network.sharpen(m, trunk, c) for m, c in zip(means, asked, strict=True)], 1)
+
+        return Prediction(torch.cat(means, 1), torch.cat(scales, 1) if scales else None, sharp if self.sharp else None)
 
     def reconstruct(self, images: Tensor, measured: Tensor, *, specific: bool) -> Tensor:
         """Rebuild each measured stain from its own shared maps, and with `specific` its own detail."""

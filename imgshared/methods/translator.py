@@ -9,7 +9,7 @@ patch contrast, cycle and adversarial terms let it learn from cells that were ne
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,16 @@ from imgshared import losses
 from imgshared.config import TranslatorConfig
 from imgshared.data.panel import Panel
 from imgshared.methods.base import ParameterGroup, Stage, no_terms, sum_terms
-from imgshared.methods.draws import Stains, at_most, draw_targets, list_stains, rows_showing, show, some
+from imgshared.methods.draws import (
+    Stains,
+    at_most,
+    draw_targets,
+    few,
+    list_stains,
+    rows_showing,
+    show,
+    some,
+)
 from imgshared.methods.game import BETAS, discriminator_terms, signs_of_defeat
 from imgshared.methods.maps import MapMethod, size_of
 from imgshared.models.discriminator import PatchDiscriminator, check_fits
@@ -133,7 +142,7 @@ class Translator(MapMethod):
                     f"method.weights.{term} needs cells with two stains, and no training cell has two: set it to 0 and "
                     "learn from unpaired cells by patch_nce, cycle and adversarial, as configs/translator_unpaired.yaml"
                 )
-        if self.config.discriminator_sees_source and not self.paired:
+        if self.discriminator is not None and self.config.discriminator_sees_source and not self.paired:
             raise InputError(
                 "method.discriminator_sees_source needs cells that show chromatin and another stain, and no training "
                 "cell does: set it to false"
@@ -255,7 +264,7 @@ class Translator(MapMethod):
         cells, channels = draw_targets(measured, shown)
         if not len(cells):
             return {}
-        kept = some(torch.arange(len(cells), device=cells.device), self.config.translated)
+        kept = few(torch.arange(len(cells), device=cells.device), self.config.translated)
         cells, channels = cells[kept], channels[kept]
         fake = Translated(batch, cells, channels, self._translated(step, cells, channels))
         images, parts = fake.images, dict[str, Tensor]()
@@ -264,7 +273,7 @@ class Translator(MapMethod):
             error = losses.pixel_loss(images[known], batch.images[cells, channels, None][known], self.config.error)
             parts["sharp"] = w.sharp * (error if known.any() else images.sum() * 0.0)
         if self.discriminator is not None:
-            self._kept = Translated(batch, cells, channels, images.detach())
+            self._kept = replace(fake, images=images.detach())
             logits = self._judge(fake, self.discriminator)
             parts["adversarial"] = w.adversarial * losses.adversarial_generator(logits, self.config.adversarial)
         if w.patch_nce or w.cycle:
@@ -278,10 +287,11 @@ class Translator(MapMethod):
 
     def _translated(self, step: Step, cells: Tensor, channels: Tensor) -> Tensor:
         """Draw stains that were not shown: the mean, or where there is one the sharp output, which alone learns."""
-        trunk, size = step.trunk[cells], size_of(step.batch.images)
+        size = size_of(step.batch.images)
         if not self.weights.sharp:
-            return self.network.decode(trunk, channels, size)[0]
+            return self.network.decode(step.trunk[cells], channels, size)[0]
         with torch.no_grad():
+            trunk = step.trunk[cells]
             mean, _ = self.network.decode(trunk, channels, size)
         return self.network.sharpen(mean, trunk, channels)
 
@@ -322,7 +332,7 @@ class Translator(MapMethod):
             stained = stained & batch.measured[:, self.panel.chromatin_index, None]
         cells = rows_showing(stained, fake.channels)
         images = batch.images[cells, fake.channels, None].detach().requires_grad_(bool(self.weights.r1))
-        real = self._judge(Translated(batch, cells, fake.channels, images), self.discriminator)
+        real = self._judge(replace(fake, cells=cells, images=images), self.discriminator)
         guessed = self._judge(fake, self.discriminator)
         return discriminator_terms(real, guessed, kind, r1=self.weights.r1, images=images)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from imgshared.models.bounds import LOG_SCALE, soft_bound
 from imgshared.models.fusion import fuse_mean, fuse_product
-from imgshared.models.pyramid import Condition, ConvPyramid, TimmPyramid, UpPath, pad_to_multiple
+from imgshared.models.pyramid import Block, Condition, ConvPyramid, TimmPyramid, UpPath, pad_to_multiple
 from imgshared.types import InputError
 
 LOG_STD = (-5.0, 2.0)  # of a shared map's expert
@@ -94,9 +94,7 @@ class TranslationNetwork(nn.Module):
         self.own = nn.Conv2d(own[0], channels[0], 1)
         self.absent = nn.Embedding(markers, channels[0])
         self.head = Head(channels[0], markers, marker_dim, self.reductions[0], outputs)
-        self.texture = Head(channels[0], markers, marker_dim, self.reductions[0], 1) if sharp else None
-        if self.texture is not None:
-            _zero(self.texture.last)  # a sharp image starts as the mean
+        self.texture = Texture(channels[0], markers, marker_dim, self.reductions[0]) if sharp else None
 
     @property
     def multiple(self) -> int:
@@ -146,12 +144,14 @@ class TranslationNetwork(nn.Module):
         return out[:, :1], soft_bound(out[:, 1:], *LOG_SCALE) if self.outputs == 2 else None
 
     def sharpen(self, mean: Tensor, trunk: Tensor, channels: Tensor) -> Tensor:
-        """Add texture to the (Q, 1, Y, X) mean of absent stains that `decode` drew of `trunk`; the mean learns nothing.
+        """Add texture to the (Q, 1, Y, X) mean of absent stains that `decode` drew of `trunk`.
 
-        An image cannot be both the expectation of a stain and look like one (Blau & Michaeli 2018): so there are two.
+        An image cannot be both the expectation of a stain and look like one (Blau & Michaeli 2018): so there are two,
+        and what the second one learns goes no further than `texture`.
         """
         assert self.texture is not None
-        out = self.texture(trunk + self._absent(trunk, channels), self.marker(channels), channels)
+        h = trunk + self._absent(trunk, channels)
+        out = self.texture(h.detach(), self.marker(channels).detach(), channels)
         return mean.detach() + out[..., : mean.shape[-2], : mean.shape[-1]]  # type: ignore[no-any-return]
 
     def _absent(self, trunk: Tensor, channels: Tensor) -> Tensor:
@@ -187,6 +187,24 @@ class Head(nn.Module):
         fine = F.leaky_relu(F.pixel_shuffle(out, self.reduction), 0.2)
         with torch.autocast(fine.device.type, enabled=False):  # bf16 would round an intensity near 1 to 1/128
             return self.last(fine.float())  # type: ignore[no-any-return]
+
+
+class Texture(nn.Module):
+    """Maps at 1 / `reduction` of the resolution to the texture of an image, at first none: residual blocks and a head.
+
+    What is drawn must be decided on somewhere (where does the membrane run that the mean only smears?): not in a head.
+    """
+
+    def __init__(self, width: int, markers: int, marker_dim: int, reduction: int, blocks: int = 2) -> None:
+        super().__init__()
+        self.condition = Condition(marker_dim, width)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
+        self.head = Head(width, markers, marker_dim, reduction, 1)
+        _zero(self.head.last)
+
+    def forward(self, x: Tensor, code: Tensor, channels: Tensor) -> Tensor:
+        """As `Head.forward`."""
+        return self.head(self.blocks(self.condition(x, code)), code, channels)  # type: ignore[no-any-return]
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imgshared.data.feed import Feed
 from imgshared.data.store import CellStore
-from imgshared.methods.base import LatentMethod
+from imgshared.methods.base import LatentMethod, Method
 from imgshared.prediction.run import Run
 from imgshared.prediction.types import Floats, PredictedCells
 from imgshared.types import Batch, InputError
@@ -29,6 +29,7 @@ def predict_cells(
     full: bool = True,
     shared: bool = True,
     sharp: bool = False,
+    latents: bool = True,
     batch_size: int = 256,
     progress: Progress | None = None,
 ) -> PredictedCells:
@@ -36,10 +37,12 @@ def predict_cells(
     cells = np.arange(len(store)) if cells is None else np.asarray(cells)
     if not len(cells):
         raise InputError(f"{store.path}: no cells to predict")
-    parts = []
-    done = 0
-    wishes = {"full": full, "shared": shared, "sharp": sharp}
-    for part in predict_batches(run, store, cells, sources=sources, batch_size=batch_size, **wishes):  # type: ignore[arg-type]
+    parts, done = list[PredictedCells](), 0
+    batches = predict_batches(
+        run, store, cells, sources=sources, full=full, shared=shared, sharp=sharp, latents=latents,
+        batch_size=batch_size,
+    )  # fmt: skip
+    for part in batches:
         parts.append(part)
         done += len(part.cells)
         if progress:
@@ -57,6 +60,7 @@ def predict_batches(
     full: bool = True,
     shared: bool = True,
     sharp: bool = False,
+    latents: bool = True,
     batch_size: int = 256,
     targets: Sequence[int] | None = None,
 ) -> Iterator[PredictedCells]:
@@ -69,8 +73,8 @@ def predict_batches(
         none predicts a cell that lacks some from those that it has.
     targets
         Channels to predict, the others stay zero; None is all.
-    full, shared, sharp
-        Also these images; see `PredictedCells`.
+    full, shared, sharp, latents
+        Also these images, and the latents of a method that has some; see `PredictedCells`.
 
     Raises
     ------
@@ -89,14 +93,15 @@ def predict_batches(
     if without.any():
         lack = f"{int(without.sum())} cells {'have none' if run.method.sources is None else 'lack some'} of the sources"
         raise InputError(f"{store.path}: {lack} measured ({', '.join(needed)})")
-    start = 0
+    wishes = {"full": full, "shared": shared, "sharp": sharp}
+    asked, start = range(len(channels)) if targets is None else targets, 0
     for batch in feed.once(batch_size):
         rows = cells[start : start + len(batch.index)]
         start += len(rows)
         with run.fabric.autocast():
-            images, shared_latents, specific_latents, scale = _infer(
-                run, batch, chosen.to(device), range(len(channels)) if targets is None else targets, full, shared, sharp
-            )
+            source = batch.measured & chosen.to(device)
+            images, scale = _draw(run.method, batch, source, asked, wishes)
+            shared_latents, specific_latents = _latents(run, batch, source) if latents else ({}, {})
         yield PredictedCells(
             rows,
             _numpy(batch.images),
@@ -109,31 +114,34 @@ def predict_batches(
         )
 
 
-def _infer(
-    run: Run, batch: Batch, chosen: Tensor, targets: Sequence[int], full: bool, shared: bool, sharp: bool
-) -> tuple[dict[str, Floats], dict[str, Floats], dict[str, Floats], Floats | None]:
-    """Return images, shared latents and specific latents of a batch by name, and the predicted scale."""
-    method, markers = run.method, run.panel.markers
-    source = batch.measured & chosen
+def _draw(
+    method: Method, batch: Batch, source: Tensor, targets: Sequence[int], wishes: Mapping[str, bool]
+) -> tuple[dict[str, Floats], Floats | None]:
+    """Return images of a batch by name, and the predicted scale."""
+    channels = source.shape[1]
     prediction = method.translate(batch.images, source, targets)
-    images = {"predicted": _in_place(prediction.mean, targets, len(markers))}
-    if sharp and prediction.sharp is not None:
-        images["sharp"] = _in_place(prediction.sharp, targets, len(markers))
-    scale = None if prediction.scale is None else _numpy(_in_place(prediction.scale, targets, len(markers)))
-    shared_latents: dict[str, Floats] = {}
-    specific_latents: dict[str, Floats] = {}
-    if isinstance(method, LatentMethod):
-        for name, wanted in (("full", full), ("shared", shared)):
-            if wanted:
-                images[name] = method.reconstruct(batch.images, batch.measured, specific=name == "full")
-        own = method.encode(batch.images, batch.measured)
-        shared_latents["sources"] = _numpy(method.encode(batch.images, source).shared)
-        for c, marker in enumerate(markers):
+    images = {"predicted": _in_place(prediction.mean, targets, channels)}
+    if wishes["sharp"] and prediction.sharp is not None:
+        images["sharp"] = _in_place(prediction.sharp(), targets, channels)
+    for name in ("full", "shared"):
+        if wishes[name] and isinstance(method, LatentMethod):
+            images[name] = method.reconstruct(batch.images, batch.measured, specific=name == "full")
+    scale = None if prediction.scale is None else _numpy(_in_place(prediction.scale, targets, channels))
+    return {name: _numpy(image) for name, image in images.items()}, scale
+
+
+def _latents(run: Run, batch: Batch, source: Tensor) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Return shared and specific latents of a batch by name; none from a method that has none."""
+    shared, specific = dict[str, Floats](), dict[str, Floats]()
+    if isinstance(run.method, LatentMethod):
+        own = run.method.encode(batch.images, batch.measured)
+        shared["sources"] = _numpy(run.method.encode(batch.images, source).shared)
+        for c, marker in enumerate(run.panel.markers):
             known = batch.measured[:, c, None]
-            shared_latents[marker] = _numpy(own.each[:, c].masked_fill(~known, torch.nan))
+            shared[marker] = _numpy(own.each[:, c].masked_fill(~known, torch.nan))
             if own.specific.shape[2]:
-                specific_latents[marker] = _numpy(own.specific[:, c].masked_fill(~known, torch.nan))
-    return {name: _numpy(image) for name, image in images.items()}, shared_latents, specific_latents, scale
+                specific[marker] = _numpy(own.specific[:, c].masked_fill(~known, torch.nan))
+    return shared, specific
 
 
 def _in_place(images: Tensor, targets: Sequence[int], channels: int) -> Tensor:

@@ -73,5 +73,5 @@ def predict_image(
     with run.fabric.autocast():
         batch = normalised.contiguous(memory_format=torch.channels_last)
         prediction = run.method.translate(batch, chosen.to(device)[None], targets)
-        predicted = (prediction.sharp if sharp else prediction.mean)[0]  # type: ignore[index]
+        predicted = (prediction.sharp() if sharp and prediction.sharp else prediction.mean)[0]
     return np.asarray(run.normaliser.select(targets).inverse(predicted.float()).cpu().numpy(), np.float32)

@@ -64,14 +64,14 @@ class Watch:
         if not self.targets:
             return {}, None
         prediction = method.translate(self._real, self._given, self.targets)
-        predicted = (prediction.mean if prediction.sharp is None else prediction.sharp).float()
+        shown = {"predicted": prediction.mean, **({} if prediction.sharp is None else {"sharp": prediction.sharp()})}
+        predicted = shown.get("sharp", prediction.mean).float()
         spread = {}
         for t, target in enumerate(self.targets):
             rows = self._measured[:, target]
             rows = rows if rows.sum() > 1 else torch.ones_like(rows)
             ours = float(predicted[rows, t].std(0).mean())
             spread[f"diversity/{self.panel.markers[target]}"] = ours / self._spread[target]
-        shown = {"predicted": prediction.mean, **({} if prediction.sharp is None else {"sharp": prediction.sharp})}
         picture = self._draw(shown)
         if self.folder is not None:
             self.folder.mkdir(exist_ok=True)

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from imgshared.methods.draws import Stains, at_most, draw_targets, list_stains, rows_showing, show, some
+from imgshared.methods.draws import (
+    Stains,
+    at_most,
+    draw_targets,
+    few,
+    list_stains,
+    rows_showing,
+    show,
+    some,
+)
 
 CHROMATIN = 2
 SEEDS = range(60)
@@ -198,3 +207,12 @@ def test_every_row_has_its_turn() -> None:
     torch.manual_seed(0)
     seen = torch.cat([some(torch.arange(8), 0.25) for _ in range(200)])
     assert torch.bincount(seen, minlength=8).min() > 25  # of 50 expected
+
+
+def test_few_rows_are_drawn_without_repeats_and_all_stay_in_order() -> None:
+    rows = torch.arange(9) * 3
+    for limit in (None, 9, 20):
+        assert torch.equal(few(rows, limit), rows)
+    drawn = [few(rows, 4) for _ in SEEDS]
+    assert all(len(set(d.tolist())) == 4 for d in drawn)
+    assert {x for d in drawn for x in d.tolist()} == set(rows.tolist())

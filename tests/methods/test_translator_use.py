@@ -23,7 +23,9 @@ DNA = 1
 UNPAIRED = torch.zeros(16, 2, dtype=torch.bool)
 UNPAIRED[:8, DNA] = UNPAIRED[8:, 0] = True
 OFF = TranslatorWeights(**{f.name: 0.0 for f in fields(TranslatorWeights)})
-SMALL = TranslatorConfig(channels=(4, 6), shared_fraction=0.5, marker_dim=3, discriminator_channels=(4, 5))
+SMALL = TranslatorConfig(
+    channels=(4, 6), shared_fraction=0.5, marker_dim=3, discriminator_channels=(4, 5), discriminator_sees_source=False
+)
 
 
 def weighing(**weights: float) -> dict[str, TranslatorWeights]:

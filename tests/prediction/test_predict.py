@@ -204,12 +204,20 @@ def test_the_scale_follows_the_slope_of_the_normaliser(tiny, tmp_path_factory, t
     np.testing.assert_allclose(found, (up - down) / 2, rtol=1e-3)
 
 
+def test_latents_are_left_out_on_request(trained_run, toy):
+    whole, lean = predict_cells(trained_run, toy), predict_cells(trained_run, toy, latents=False)
+    assert whole.shared
+    assert whole.specific
+    assert lean.shared == lean.specific == {}
+    np.testing.assert_array_equal(lean.images["predicted"], whole.images["predicted"])
+
+
 def test_the_sharp_output_is_written_in_raw_units_beside_the_mean(trained_run, toy, tmp_path):
     weights = TranslatorWeights(sharp=0.3, adversarial=0.01)
     config = TranslatorConfig(channels=(4, 6), marker_dim=3, weights=weights, discriminator_channels=(4,))
     torch.manual_seed(0)
     method = build_method(config, trained_run.panel, trained_run.contract.crop_px).eval()
-    torch.nn.init.normal_(method.network.texture.last.weight)  # it starts at zero
+    torch.nn.init.normal_(method.network.texture.head.last.weight)  # it starts at zero
     run = replace(trained_run, method=method, experiment=replace(trained_run.experiment, method=config))
     out = anndata.read_zarr(predict(run, toy, tmp_path / "p.zarr", PredictConfig(sharp=True, markers=("P2",))))
     cells = predict_cells(run, toy, sharp=True, full=False, shared=False)

@@ -24,6 +24,7 @@ from imgshared.types import Batch, InputError, LossTerms
 
 TINY = [
     "method.name=translator", "method.channels=[4,6]", "method.marker_dim=3", "method.discriminator_channels=[4,5]",
+    "method.discriminator_sees_source=false",
     "method.weights.adversarial=0.1", "method.weights.r1=0.1", "method.weights.patch_nce=0.1", "method.epochs=4",
     "method.lr=0.01", "method.lr_discriminator=0.002", "method.lr_decay=0.5", "train.ema=0.9", "train.balance=panels",
     "train.batch_size=16", "train.precision=float32", "train.accelerator=cpu", "train.log_every=2",
@@ -146,8 +147,13 @@ def test_the_average_is_what_validates_and_predicts(whole: tuple[Path, Seen, str
 
 
 def test_without_adversarial_terms_best_is_the_least_held_out_loss(toy_path: Path, tmp_path: Path) -> None:
-    overrides = ("method.weights.adversarial=0", "method.discriminator_channels=[16,32,64]", "method.lr=0.05")
-    run(experiment(toy_path, *overrides, "method.weights.r1=0", "method.lr_discriminator=2e-4"), tmp_path / "run")
+    overrides = (
+        "method.weights.adversarial=0",
+        "method.discriminator_channels=[32,64,128]",
+        "method.discriminator_sees_source=true",
+        "method.lr=0.05",
+    )
+    run(experiment(toy_path, *overrides, "method.weights.r1=0", "method.lr_discriminator=1e-3"), tmp_path / "run")
     losses = [r["loss"] for r in read_metrics(tmp_path / "run") if r["split"] == "val"]
     best = tree(tmp_path / "run", "best")["position"]
     assert best["best"] == pytest.approx(min(losses))
