@@ -71,7 +71,7 @@ class Edition:
 EDITIONS = {
     "cpu": Edition(
         crop_px=64,
-        seconds={"simulated": 120, "bbbc013": 60, "imc_spleen": 60},
+        seconds={"simulated": 180, "bbbc013": 60, "imc_spleen": 45},
         seeds={"simulated": 3, "bbbc013": 2, "imc_spleen": 1},
         cells_a_group={"bbbc013": 64, "imc_spleen": 600},
         test_cells={"simulated": 1000, "bbbc013": 1000, "imc_spleen": 600},
@@ -102,7 +102,7 @@ EDITIONS = {
                      "method.proteins_per_step=3"),
             "apollo": ("method.channels=[64,128,256,256,96]", "method.shared_dim=1024", "method.specific_dim=200"),
             "translator": ("method.channels=[64,96,128,192,256]", "method.marker_dim=64", "train.batch_size=64",
-                           "method.discriminator_channels=[64,128,256]"),
+                           "method.discriminator_channels=[64,128,256]", "method.translated=32"),
         },
     ),
 }  # fmt: skip

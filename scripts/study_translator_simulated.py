@@ -1,6 +1,6 @@
 """translator on simulated cells: is the split clean, what does each term do, and does every further stain help?
 
-    python scripts/study_translator_simulated.py OUT [--seeds 1 2 3] [--cells 2400] [--epochs 12]
+    python scripts/study_translator_simulated.py OUT [--seeds 1 2 3] [--cells 2400] [--epochs 8]
 
 1. All terms on, every seed: shared factors from z_s of DNA, specific factors from it and from their own z_m (linear
    probes on three held-out donors), as `study_simulated.py` asks of apollo.
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--cells", type=int, default=2400)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument(
         "--record", type=Path, default=None, help="JSON to write (default: OUT/translator_simulated.json)"
     )
