@@ -28,6 +28,8 @@ def test_each_level_halves_the_last():
 def test_no_image_sees_the_others_of_its_batch():
     torch.manual_seed(0)
     net, images = ConvPyramid((4, 6)), torch.rand(3, 1, 8, 8)
+    net(torch.rand(9, 1, 8, 8))  # takes up statistics,
+    net.eval()  # which are constants from now on
     together = net(images)
     for i in range(3):
         for whole, alone in zip(together, net(images[i : i + 1]), strict=True):
@@ -51,7 +53,7 @@ def test_a_block_starts_near_the_identity_and_a_condition_at_it():
 def test_the_way_up_ends_at_the_finest_level_and_hears_all():
     torch.manual_seed(0)
     maps = [torch.randn(2, c, s, s, requires_grad=True) for c, s in ((3, 16), (4, 8), (5, 2))]
-    out = UpPath((3, 4, 5), (6, 7, 8), (2, 4, 16))(maps)  # steps need not be of 2
+    out = UpPath((3, 4, 5), (6, 7, 8), (2, 4, 16)).eval()(maps)  # steps need not be of 2
     assert out.shape == (2, 6, 16, 16)
     out[0].sum().backward()
     for h in maps:

@@ -14,7 +14,7 @@ def build(**changes):
     torch.manual_seed(0)
     settings = {
         "markers": 3, "chromatin": 1, "channels": (4, 6), "shared_fraction": 0.5, "backbone": "conv",
-        "by_marker": False, "product": False, "outputs": 1, "marker_dim": 3,
+        "by_marker": False, "product": False, "outputs": 1, "marker_dim": 3, "sharp": False,
     }  # fmt: skip
     return randomise(TranslationNetwork(**settings | changes)).eval()
 
@@ -100,7 +100,7 @@ def test_experts_start_with_the_spread_of_the_prior_and_are_bounded():
     torch.manual_seed(0)
     fresh = TranslationNetwork(
         markers=2, chromatin=0, channels=(4, 6), shared_fraction=0.5, backbone="conv", by_marker=False, product=True,
-        outputs=1, marker_dim=3,
+        outputs=1, marker_dim=3, sharp=False,
     )  # fmt: skip
     images, channels = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
     assert not any(s.any() for s in fresh.encode(images, channels).log_std)
@@ -196,6 +196,22 @@ def test_a_crop_and_the_field_around_it_agree_beyond_the_receptive_field(product
     assert inner.std() > 0.05  # not a constant that agrees for free
     torch.testing.assert_close(crop[..., edge:-edge, edge:-edge], inner, atol=1e-4, rtol=0)
     assert not torch.allclose(crop[..., :4, :4], whole[..., at : at + 4, at + 8 : at + 12], atol=1e-2)  # edges differ
+
+
+def test_a_sharp_image_starts_as_the_mean_and_teaches_texture_alone():
+    torch.manual_seed(0)
+    net = TranslationNetwork(
+        markers=3, chromatin=1, channels=(4, 6), shared_fraction=0.5, backbone="conv", by_marker=False, product=False,
+        outputs=1, marker_dim=3, sharp=True,
+    ).eval()  # fmt: skip
+    trunk, channels = torch.randn(2, 4, 9, 8, requires_grad=True), torch.tensor([0, 2])
+    mean, _ = net.decode(trunk, channels, (17, 16))
+    assert torch.equal(net.sharpen(mean, trunk, channels), mean)
+    randomise(net.texture)
+    net.sharpen(mean, trunk, channels).square().sum().backward()
+    moved = {name.split(".")[0] for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {"texture"}
+    assert trunk.grad is None
 
 
 def test_a_timm_backbone_serves_crops_and_fields_of_odd_sizes():
