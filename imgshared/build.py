@@ -158,8 +158,8 @@ def _ignored_by_translator(config: TranslatorConfig) -> dict[str, str]:
     w = config.weights
     groups = (
         (not w.adversarial, "method.weights.adversarial=0",
-         ("adversarial", "discriminator_channels", "discriminator_sees_source",
-          "lr_discriminator", "weights.r1", "weights.sharp")),
+         ("adversarial", "discriminator_channels", "discriminator_sees_source", "lr_discriminator", "weights.r1",
+          "weights.sharp")),
         (not w.cross, "method.weights.cross=0", ("weights.sharp",)),
         (not w.patch_nce, "method.weights.patch_nce=0", ("temperature", "patches", "negatives")),
         (not w.agreement, "method.weights.agreement=0", ("agreement",)),

@@ -18,16 +18,7 @@ from imgshared import losses
 from imgshared.config import TranslatorConfig
 from imgshared.data.panel import Panel
 from imgshared.methods.base import ParameterGroup, Stage, no_terms, sum_terms
-from imgshared.methods.draws import (
-    Stains,
-    at_most,
-    draw_targets,
-    few,
-    list_stains,
-    rows_showing,
-    show,
-    some,
-)
+from imgshared.methods.draws import Stains, at_most, draw_targets, few, list_stains, rows_showing, show, some
 from imgshared.methods.game import BETAS, discriminator_terms, signs_of_defeat
 from imgshared.methods.maps import MapMethod, size_of
 from imgshared.models.discriminator import PatchDiscriminator, check_fits

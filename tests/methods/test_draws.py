@@ -6,16 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imgshared.methods.draws import (
-    Stains,
-    at_most,
-    draw_targets,
-    few,
-    list_stains,
-    rows_showing,
-    show,
-    some,
-)
+from imgshared.methods.draws import Stains, at_most, draw_targets, few, list_stains, rows_showing, show, some
 
 CHROMATIN = 2
 SEEDS = range(60)
