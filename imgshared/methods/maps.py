@@ -116,7 +116,7 @@ class MapMethod(LatentMethod):
         """Rebuild each measured stain from its own shared maps, and with `specific` its own detail."""
         out = torch.zeros_like(images, dtype=torch.float32)
         cells, channels, maps = self._encoded(images, measured)
-        alone = self.network.fuse(maps, torch.arange(len(cells), device=cells.device), len(cells))
+        alone = self.network.fuse(maps, channels, torch.arange(len(cells), device=cells.device), len(cells))
         detail = self.network.own_detail(maps.specific) if specific else None
         mean, _ = self.network.decode(self.network.shared_path(alone.shared), channels, size_of(images), detail)
         out[cells, channels] = mean[:, 0]
@@ -127,9 +127,9 @@ class MapMethod(LatentMethod):
         return cells, channels, self.network.encode(images[cells, channels, None], channels)
 
     def _fused(self, images: Tensor, measured: Tensor) -> tuple[Tensor, Maps, tuple[Tensor, Tensor, Maps]]:
-        encoded = self._encoded(images, measured)
-        fused = self.network.fuse(encoded[2], encoded[0], len(images))
-        return self.network.shared_path(fused.shared), fused, encoded
+        cells, channels, maps = self._encoded(images, measured)
+        fused = self.network.fuse(maps, channels, cells, len(images))
+        return self.network.shared_path(fused.shared), fused, (cells, channels, maps)
 
 
 def size_of(images: Tensor) -> tuple[int, int]:

@@ -178,7 +178,8 @@ class Translator(MapMethod):
                                    stains.channels[encoded])  # fmt: skip
         seen = visible[encoded]
         known = Maps([h[seen] for h in maps.shared], (), [h[seen] for h in maps.log_std]) if all_of_them else maps
-        fused = self.network.fuse(known, stains.cells[encoded][seen], len(batch.index))
+        of = encoded[seen]
+        fused = self.network.fuse(known, stains.channels[of], stains.cells[of], len(batch.index))
         return Step(batch, stains, encoded, maps, fused, self.network.shared_path(self._noisy(fused)))
 
     def _noisy(self, fused: Maps) -> list[Tensor]:
@@ -213,8 +214,8 @@ class Translator(MapMethod):
         """L1 of a visible stain that is translated to itself, from its own shared maps alone (CycleGAN's)."""
         rows = step.stains.visible[step.encoded].nonzero()[:, 0]
         maps = Maps([h[rows] for h in step.maps.shared], log_std=[h[rows] for h in step.maps.log_std])
-        alone = self.network.fuse(maps, torch.arange(len(rows), device=rows.device), len(rows))
         cells, channels = step.stains.cells[step.encoded[rows]], step.stains.channels[step.encoded[rows]]
+        alone = self.network.fuse(maps, channels, torch.arange(len(rows), device=rows.device), len(rows))
         mean, _ = self.network.decode(self.network.shared_path(alone.shared), channels, size_of(step.batch.images))
         return losses.pixel_loss(mean, step.batch.images[cells, channels, None], "l1")
 
@@ -273,7 +274,7 @@ class Translator(MapMethod):
             if self.projection is not None:
                 parts["patch_nce"] = w.patch_nce * self._patch_nce(step, again, source)
             if w.cycle:
-                parts["cycle"] = w.cycle * self._cycle(step, again, source, cells)
+                parts["cycle"] = w.cycle * self._cycle(step, again, source, fake)
         return parts
 
     def _translated(self, step: Step, cells: Tensor, channels: Tensor) -> Tensor:
@@ -298,13 +299,14 @@ class Translator(MapMethod):
         each = [losses.patch_nce(q, k, temperature=c.temperature, negatives=c.negatives) for q, k in pairs]
         return torch.stack(each).mean()
 
-    def _cycle(self, step: Step, again: Maps, source: Tensor, cells: Tensor) -> Tensor:
+    def _cycle(self, step: Step, again: Maps, source: Tensor, fake: Translated) -> Tensor:
         """L1 of the source drawn from its translation alone (Zhu et al. 2017)."""
-        fused = self.network.fuse(again, torch.arange(len(cells), device=cells.device), len(cells))
+        n = len(fake.cells)
+        fused = self.network.fuse(again, fake.channels, torch.arange(n, device=source.device), n)
         channels = step.stains.channels[source]
         trunk = self.network.shared_path(self._noisy(fused))
         back, _ = self.network.decode(trunk, channels, size_of(step.batch.images))
-        return losses.pixel_loss(back, step.batch.images[cells, channels, None], "l1")
+        return losses.pixel_loss(back, step.batch.images[fake.cells, channels, None], "l1")
 
     def _judge(self, stains: Translated, discriminator: PatchDiscriminator) -> Tensor:
         images = stains.images

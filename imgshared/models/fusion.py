@@ -6,17 +6,30 @@ import torch
 from torch import Tensor
 
 
-def fuse_mean(maps: Tensor, cells: Tensor, n: int) -> Tensor:
-    """Mean of the (P, ...) maps of each cell: (n, ...) of their type; zero for a cell without any.
+def fuse_mean(maps: Tensor, weights: Tensor, cells: Tensor, n: int) -> Tensor:
+    """Weighted mean of the maps of each cell.
 
-    Half precision is summed in float32.
+    Parameters
+    ----------
+    maps
+        (P, C, ...) of each stain.
+    weights
+        (P, C), above zero: what a stain's channel counts.
+    cells
+        (P,) int64, whose stain each is.
+    n
+        Number of cells.
+
+    Returns
+    -------
+    (n, C, ...) of the maps' type, half precision summed in float32; zero for a cell without any stain.
     """
     if len(cells) == n and bool((cells == torch.arange(n, device=cells.device)).all()):
         return maps  # one each, in order
-    wide = maps.float()
-    count = wide.new_zeros(n).index_add(0, cells, wide.new_ones(len(cells))).clamp_min(1)
-    summed = wide.new_zeros(n, *maps.shape[1:]).index_add(0, cells, wide)
-    return (summed / count.reshape(n, *[1] * (maps.ndim - 1))).to(maps.dtype)
+    weights = weights.float()
+    share = weights / weights.new_zeros(n, weights.shape[1]).index_add(0, cells, weights)[cells]
+    weighted = maps.float() * share.reshape(*share.shape, *[1] * (maps.ndim - 2))
+    return weighted.new_zeros(n, *maps.shape[1:]).index_add(0, cells, weighted).to(maps.dtype)
 
 
 def fuse_product(mean: Tensor, log_std: Tensor, cells: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,9 @@ from imgshared.models.pyramid import Block, Condition, ConvPyramid, TimmPyramid,
 from imgshared.types import InputError
 
 LOG_STD = (-5.0, 2.0)  # of a shared map's expert
+LOG_TRUST = (-6.0, 6.0)  # of what a stain counts in a mean
+CHROMATIN_COUNTS = 10.0  # times as much as any other stain in a fresh network's means, about
+TRUST_PACE = 10.0  # times as fast as other parameters, with Adam, are what stains count learnt
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class TranslationNetwork(nn.Module):
         An encoder a marker, else one for chromatin and one for all proteins. Where there are several proteins theirs is
         conditioned on the marker: "conv" at every level from the first on, a timm model at its outputs.
     product
-        Whether shared maps are Gaussian experts, fused by their product; else the mean is taken.
+        Whether shared maps are Gaussian experts, fused by their product; else a weighted mean is taken. What a marker
+        counts in a channel is learnt: lamina lies where chromatin ends, whatever a further stain shows of membranes.
     outputs
         1: mean; 2: mean and log scale.
     marker_dim
@@ -79,7 +84,7 @@ class TranslationNetwork(nn.Module):
         if min(channels) < 2:
             raise InputError(f"method.channels = {list(channels)}: a level needs two, one shared and one specific")
         self.widths = [min(max(round(shared_fraction * c), 1), c - 1) for c in channels]
-        self.markers, self.product, self.outputs = markers, product, outputs
+        self.markers, self.outputs = markers, outputs
         network_of = [c if by_marker else int(c != chromatin) for c in range(markers)]
         self.register_buffer("network_of", torch.tensor(network_of), persistent=False)
         build = ConvPyramid if backbone == "conv" else partial(TimmPyramid, backbone)
@@ -88,6 +93,9 @@ class TranslationNetwork(nn.Module):
         self.reductions: tuple[int, ...] = self.encoders[0].reductions  # type: ignore[assignment]
         self.marker = nn.Embedding(markers, marker_dim)
         self.log_std = nn.ModuleList([_zero(nn.Conv2d(s, s, 1)) for s in self.widths] if product else [])
+        self.trust = None if product else nn.Parameter(torch.zeros(markers, sum(self.widths)))
+        if self.trust is not None:  # chromatin is nearly always there: the others earn their say
+            self.trust.data[chromatin] = math.log(CHROMATIN_COUNTS) / TRUST_PACE
         own = [c - s for c, s in zip(channels, self.widths, strict=True)]
         self.shared_path = UpPath(self.widths, channels, self.reductions)
         self.specific_path = UpPath(own, own, self.reductions)
@@ -117,10 +125,11 @@ class TranslationNetwork(nn.Module):
         log_std = [soft_bound(f(h), *LOG_STD, start=0.0) for f, h in zip(self.log_std, shared, strict=False)]
         return Maps(shared, specific, log_std)
 
-    def fuse(self, maps: Maps, cells: Tensor, n: int) -> Maps:
-        """Shared maps of P stains to those of the n cells that `cells` (P,) names as their owners."""
-        if not self.product:
-            return Maps([fuse_mean(h, cells, n) for h in maps.shared])
+    def fuse(self, maps: Maps, channels: Tensor, cells: Tensor, n: int) -> Maps:
+        """Shared maps of P stains, of (P,) markers, to those of the n cells that `cells` (P,) names as their owners."""
+        if self.trust is not None:
+            weights = soft_bound(TRUST_PACE * self.trust[channels], *LOG_TRUST).exp().split(self.widths, 1)
+            return Maps([fuse_mean(h, w, cells, n) for h, w in zip(maps.shared, weights, strict=True)])
         fused = [fuse_product(h, s, cells, n) for h, s in zip(maps.shared, maps.log_std, strict=True)]
         return Maps([mean for mean, _ in fused], log_std=[log_std for _, log_std in fused])
 

@@ -15,24 +15,36 @@ def draw(seed=0):
     return torch.randn(SHAPE, generator=generator), torch.randn(SHAPE, generator=generator)
 
 
-def test_the_mean_is_of_each_cells_own_stains():
-    maps, _ = draw()
-    fused = fuse_mean(maps, CELLS, 4).numpy()
+def test_the_mean_is_of_each_cells_own_stains_as_they_count():
+    maps, other = draw()
+    weights = other[:, :, 0, 0].exp()
+    fused = fuse_mean(maps, weights, CELLS, 4).numpy()
     for cell in range(4):
-        own = maps.numpy()[CELLS.numpy() == cell]
-        np.testing.assert_allclose(fused[cell], own.mean(0) if len(own) else np.zeros(SHAPE[1:]), rtol=1e-5, atol=1e-6)
+        own = CELLS.numpy() == cell
+        expected = np.zeros(SHAPE[1:])
+        if own.any():
+            w = np.broadcast_to(weights.numpy()[own][:, :, None, None], maps[own].shape)
+            expected = np.average(maps.numpy()[own], axis=0, weights=w)
+        np.testing.assert_allclose(fused[cell], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stain_that_counts_for_nearly_nothing_dilutes_nothing():
+    maps = torch.tensor([[1.0, 1.0], [5.0, 5.0]])
+    weights = torch.tensor([[1.0, 1e-6], [1e-6, 1.0]])
+    fused = fuse_mean(maps, weights, torch.zeros(2, dtype=torch.long), 1)
+    torch.testing.assert_close(fused, torch.tensor([[1.0, 5.0]]), atol=1e-5, rtol=0)
 
 
 def test_one_stain_each_in_order_is_handed_through_and_another_order_is_not():
-    maps, _ = draw()
-    assert fuse_mean(maps, torch.arange(6), 6) is maps
+    maps, weights = draw()[0], torch.rand(6, 2) + 0.1
+    assert fuse_mean(maps, weights, torch.arange(6), 6) is maps
     order = torch.tensor([1, 0, 2, 3, 4, 5])
-    torch.testing.assert_close(fuse_mean(maps, order, 6), maps[order])
+    torch.testing.assert_close(fuse_mean(maps, weights, order, 6), maps[order])
 
 
 def test_the_mean_of_half_precision_is_summed_in_single():
     maps = torch.tensor([256.0, *[1.0] * 7]).bfloat16()[:, None]  # 256 + 1 is 256 in bfloat16
-    fused = fuse_mean(maps, torch.zeros(8, dtype=torch.long), 1)
+    fused = fuse_mean(maps, torch.ones(8, 1).bfloat16(), torch.zeros(8, dtype=torch.long), 1)
     assert fused.dtype == torch.bfloat16
     assert fused.item() == torch.tensor(263 / 8).bfloat16().item() != 32
 
@@ -71,7 +83,9 @@ def test_a_sharper_expert_counts_more_and_half_precision_is_lifted():
     assert fused.dtype == spread.dtype == torch.float32
 
 
-@pytest.mark.parametrize("fuse", [lambda m, s: fuse_mean(m, CELLS, 4), lambda m, s: fuse_product(m, s, CELLS, 4)[0]])
+@pytest.mark.parametrize(
+    "fuse", [lambda m, s: fuse_mean(m, s[:, :, 0, 0].exp(), CELLS, 4), lambda m, s: fuse_product(m, s, CELLS, 4)[0]]
+)
 def test_gradients_stay_within_the_cell(fuse):
     mean, log_std = draw()
     mean.requires_grad_()

@@ -10,13 +10,17 @@ from imgshared.models.translation import LOG_STD, Head, TranslationNetwork
 from imgshared.types import InputError
 
 
-def build(**changes):
+def fresh(**changes):
     torch.manual_seed(0)
     settings = {
         "markers": 3, "chromatin": 1, "channels": (4, 6), "shared_fraction": 0.5, "backbone": "conv",
         "by_marker": False, "product": False, "outputs": 1, "marker_dim": 3, "sharp": False,
     }  # fmt: skip
-    return randomise(TranslationNetwork(**settings | changes)).eval()
+    return TranslationNetwork(**settings | changes).eval()
+
+
+def build(**changes):
+    return randomise(fresh(**changes))
 
 
 @torch.no_grad()
@@ -163,13 +167,28 @@ def test_the_code_of_an_absent_stain_stands_where_its_detail_would():
 def test_images_of_any_size_come_back_in_their_size(size):
     net = build(channels=(4, 6, 8))
     images, channels = torch.rand(2, 1, *size), torch.tensor([0, 1])
-    fused = net.fuse(net.encode(images, channels), torch.arange(2), 2)
+    fused = net.fuse(net.encode(images, channels), channels, torch.arange(2), 2)
     mean, _ = net.decode(net.shared_path(fused.shared), channels, size)
     assert mean.shape == (2, 1, *size)
     padded = nn.functional.pad(images, (0, -size[1] % 8, 0, -size[0] % 8), mode="replicate")
-    again = net.fuse(net.encode(padded, channels), torch.arange(2), 2)
+    again = net.fuse(net.encode(padded, channels), channels, torch.arange(2), 2)
     whole, _ = net.decode(net.shared_path(again.shared), channels, padded.shape[2:])
     torch.testing.assert_close(mean, whole[..., : size[0], : size[1]])
+
+
+def test_in_a_mean_chromatin_counts_most_at_first_and_each_stain_what_it_has_learnt_to():
+    net = fresh()
+    images, channels, cells = torch.rand(2, 1, 16, 16), torch.tensor([0, 1]), torch.zeros(2, dtype=torch.long)
+    maps = net.encode(images, channels)
+    for fused, h in zip(net.fuse(maps, channels, cells, 1).shared, maps.shared, strict=True):
+        share = ((fused[0] - h[0]) / (h[1] - h[0])).median()
+        assert 0.87 < share < 0.93  # about ten times as much as the other
+    net.fuse(maps, channels, cells, 1).shared[0].sum().backward()
+    assert net.trust.grad[:2].any()
+    with torch.no_grad():
+        net.trust[0], net.trust[1] = 9.0, -9.0  # far beyond the bounds
+    for fused, h in zip(net.fuse(maps, channels, cells, 1).shared, maps.shared, strict=True):
+        torch.testing.assert_close(fused[0], h[0], atol=1e-4, rtol=0)
 
 
 def drawn(net, images):
@@ -177,7 +196,7 @@ def drawn(net, images):
     n, size = len(images), tuple(images.shape[2:])
     cells, channels = torch.arange(n).repeat_interleave(2), torch.tensor([1, 2]).repeat(n)
     maps = net.encode(images[cells, channels, None], channels)
-    trunk = net.shared_path(net.fuse(maps, cells, n).shared)
+    trunk = net.shared_path(net.fuse(maps, channels, cells, n).shared)
     own = net.own_detail([h[1::2] for h in maps.specific])
     out = [*net.decode(trunk, torch.zeros(n, dtype=torch.long), size), *net.decode(trunk, channels[1::2], size, own)]
     return torch.cat([x for x in out if x is not None], 1)
