@@ -7,7 +7,7 @@ group serves every bootstrap draw at once, and a thousand draws cost a matrix pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,6 +121,50 @@ def r2(groups: ArrayLike, truth: ArrayLike, predicted: ArrayLike) -> Statistic:
     def statistic(counts: NDArray[np.float64]) -> NDArray[np.float64]:
         n, first, second, residual = (counts @ sums).T
         return 1 - _ratio(residual, second - _ratio(first**2, n))
+
+    return statistic
+
+
+def effect_size(groups: ArrayLike, positive: ArrayLike, values: ArrayLike, over: ArrayLike | None = None) -> Statistic:
+    """Cohen's d (1988, eq. 2.5.1): mean of the positive cells minus that of the others, over their pooled deviation.
+
+    Parameters
+    ----------
+    positive
+        (n,) bool.
+    values
+        (n,) one value a cell.
+    over
+        (n,) whose pooled deviation is the unit; None: that of `values`. NaN results where it is 0 or a side has fewer
+        than two cells.
+    """
+    chosen, v = np.asarray(positive, bool), np.asarray(values, np.float64)
+    unit = v if over is None else np.asarray(over, np.float64)
+    v, unit = v - v.mean(), unit - unit.mean()
+    columns = [column for side in (chosen, ~chosen) for column in (side, side * v, side * unit, side * unit * unit)]
+    sums = _sums(groups, np.column_stack(columns))
+
+    def statistic(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+        n, total, first, second, m, rest, other, squares = (counts @ sums).T
+        within = second - _ratio(first**2, n) + squares - _ratio(other**2, m)
+        variance = _ratio(within, np.where((n > 1) & (m > 1), n + m - 2, np.nan))
+        return _ratio(_ratio(total, n) - _ratio(rest, m), np.sqrt(np.where(variance > 1e-12, variance, np.nan)))
+
+    return statistic
+
+
+def rank_agreement(one: Sequence[Statistic], other: Sequence[Statistic]) -> Statistic:
+    """Spearman correlation across statistics: do the two lists rank their (paired) entries alike?"""
+
+    def statistic(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+        out = np.full(len(counts), np.nan)
+        if len(one) < 2:
+            return out
+        a, b = (np.stack([s(counts) for s in side], axis=1) for side in (one, other))
+        known = np.isfinite(a).all(1) & np.isfinite(b).all(1)
+        if known.any():
+            out[known] = pearson(rankdata(a[known], axis=1), rankdata(b[known], axis=1))
+        return out
 
     return statistic
 

@@ -45,7 +45,8 @@ from imgshared.training.loop import Trainer
 from imgshared.training.meter import Meter
 
 BLOCK = 256  # crops at a time
-WARM, TIMED = 3, 10  # steps of a calibration
+WARM, TIMED = 5, 10  # steps of a calibration, the latter at least
+SHORTEST = 8.0  # seconds of timed steps, at least: an epoch more or less is a tenth of a budget
 WARM_CELLS = 16  # before predictions are timed
 LONGEST = 12.0  # seconds of timed steps
 CHECKS = 20  # validations of a monitored stage, at most
@@ -194,7 +195,7 @@ class Calibration(Trainer):
             seconds.append(clock() - began)
             began = clock()
             timed = seconds[WARM:]
-            if len(timed) >= TIMED or sum(timed) > LONGEST:
+            if (len(timed) >= TIMED and sum(timed) > SHORTEST) or sum(timed) > LONGEST:
                 break
         began = clock()
         if stage.monitored:

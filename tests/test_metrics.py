@@ -118,6 +118,37 @@ def test_scores_match_independent_references():
     assert value(groups, metrics.auroc(groups, two, both)) == pytest.approx(roc_auc_score(two, both[:, 1]))
 
 
+def test_effect_size_is_cohens_d():
+    groups, positive = np.arange(40) % 4, np.arange(40) < 15
+    values = rng.normal(1e3, 2, 40) + 3 * positive
+    a, b = values[positive], values[~positive]
+    pooled = ((14 * a.var(ddof=1) + 24 * b.var(ddof=1)) / 38) ** 0.5
+    d = (a.mean() - b.mean()) / pooled
+    assert value(groups, metrics.effect_size(groups, positive, values)) == pytest.approx(d)
+    # The same from Student's t, an independent reference; and of drawn groups as of the cells repeated.
+    assert d == pytest.approx(stats.ttest_ind(a, b).statistic * (1 / 15 + 1 / 25) ** 0.5)
+    counts = np.array([[2.0, 0.0, 1.0, 3.0]])
+    rows = np.concatenate([np.flatnonzero(groups == g) for g, k in enumerate((2, 0, 1, 3)) for _ in range(k)])
+    again = metrics.effect_size(np.zeros(len(rows)), positive[rows], values[rows])
+    assert metrics.effect_size(groups, positive, values)(counts)[0] == pytest.approx(again(np.ones((1, 1)))[0])
+    doubled = metrics.effect_size(groups, positive, values, over=2 * values + 7)
+    assert value(groups, doubled) == pytest.approx(d / 2)
+    assert value(groups, metrics.effect_size(groups, positive, np.full(40, 0.1), over=values)) == pytest.approx(0)
+    assert np.isnan(value(groups, metrics.effect_size(groups, positive, np.full(40, 0.1))))
+    assert np.isnan(value(groups, metrics.effect_size(groups, np.arange(40) < 1, values)))
+
+
+def test_ranks_agree_as_spearmans_does():
+    def constants(values):
+        return [lambda counts, v=v: np.full(len(counts), v) for v in values]
+
+    one, other = rng.normal(size=9), rng.normal(size=9)
+    found = metrics.rank_agreement(constants(one), constants(other))(np.ones((3, 2)))
+    np.testing.assert_allclose(found, stats.spearmanr(one, other).statistic)
+    assert np.isnan(metrics.rank_agreement(constants([np.nan, 1]), constants([1, 2]))(np.ones((1, 2)))).all()
+    assert np.isnan(metrics.rank_agreement([], [])(np.ones((1, 2)))).all()
+
+
 def test_pooled_correlation_is_that_of_all_pixels():
     a, b = rng.random((6, 5, 5)), rng.random((6, 5, 5))
     sums = np.stack([x.sum((1, 2)) for x in (np.ones_like(a), a, b, a * a, b * b, a * b)], 1)

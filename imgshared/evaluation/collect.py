@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore
 from imgshared.evaluation import fidelity
-from imgshared.evaluation.features import frame, shape_features, stain_features
+from imgshared.evaluation.features import extent_features, frame, shape_features, stain_features
 from imgshared.evaluation.floors import Floors
 from imgshared.prediction.types import PredictedCells
 
 BLOCK = 512  # cells predicted at a time
+MEASURED = ("real", "predicted")  # whose morphology is compared
 INPUTS = ("real", "full", "shared", "predicted", "chromatin")  # what a classifier may see of a marker
 
 Predict = Callable[..., PredictedCells]
@@ -39,6 +40,8 @@ class Part:
     features
         (n, F) by (marker, input); the input ``chromatin`` stands under the chromatin marker and holds the nuclear
         shape too. Zero rows where the marker is not measured.
+    extent
+        (n, 4) by (marker, input), of real and predicted stains: `features.EXTENT_NAMES`.
     crops
         (n, Y, X) float16 by (marker, input), only where a network is to read them.
     latents
@@ -51,6 +54,7 @@ class Part:
     obs: pd.DataFrame
     measured: NDArray[np.bool_]
     features: dict[tuple[str, str], NDArray[np.float32]] = field(default_factory=dict)
+    extent: dict[tuple[str, str], NDArray[np.float32]] = field(default_factory=dict)
     crops: dict[tuple[str, str], NDArray[np.float16]] = field(default_factory=dict)
     latents: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     fidelity: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -77,7 +81,10 @@ def collect(
     fit
         Floors that take these (training) cells in.
     against
-        Fitted floors to compare these (test) cells with; fills `Part.fidelity`.
+        Fitted floors to compare these (test) cells with; fills `Part.fidelity`, and the features and extent of real and
+        predicted stains.
+    features, crops
+        Whether to keep the features, the pictures of every input.
     """
     part = Part(cells, store.obs.iloc[cells], np.zeros((len(cells), len(panel)), bool))
     tables = []
@@ -92,8 +99,8 @@ def collect(
         if against is not None:
             tables.append(fidelity.compare(done, panel.markers, panel.chromatin_index, against))
             tables[-1]["position"] += start
-        if features:
-            _keep_features(part, done, rows, panel)
+        if features or against is not None:
+            _keep_features(part, done, rows, panel, INPUTS if features else MEASURED, extent=against is not None)
         if crops:
             for key, images in _inputs(done, panel):
                 _rows(part.crops, key, len(cells), images.shape[1:], np.float16)[rows] = images
@@ -121,13 +128,20 @@ def _inputs(done: PredictedCells, panel: Panel) -> Iterator[tuple[tuple[str, str
                     yield (marker, name), images[:, channel]
 
 
-def _keep_features(part: Part, done: PredictedCells, rows: slice, panel: Panel) -> None:
+def _keep_features(
+    part: Part, done: PredictedCells, rows: slice, panel: Panel, wanted: tuple[str, ...], *, extent: bool
+) -> None:
     where = frame(done.masks)
     for key, images in _inputs(done, panel):
+        if key[1] not in wanted:
+            continue
         values = stain_features(images, where)
         if key[1] == "chromatin":
             values = np.hstack([values, shape_features(done.masks)])
         _rows(part.features, key, len(part.cells), values.shape[1:], np.float32)[rows] = values
+        if extent and key[1] in MEASURED:
+            values = extent_features(images, where)
+            _rows(part.extent, key, len(part.cells), values.shape[1:], np.float32)[rows] = values
 
 
 def _keep_latents(part: Part, done: PredictedCells, rows: slice) -> None:

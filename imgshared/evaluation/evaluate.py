@@ -16,9 +16,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from imgshared.config import EvaluateConfig
+from imgshared.data.panel import Panel
 from imgshared.data.split import column
 from imgshared.data.store import CellStore
-from imgshared.evaluation import fidelity, verdict
+from imgshared.evaluation import fidelity, morphology, verdict
 from imgshared.evaluation.classify import classify
 from imgshared.evaluation.collect import INPUTS, Part, Predict, Progress, collect
 from imgshared.evaluation.floors import Floors
@@ -53,6 +54,9 @@ class Evaluation:
         Gain of each predicted stain over the floors, with a verdict.
     cells
         One row a cell and measured protein: cell_id, image, group, labels, marker, l1, pearson, ssim, intensities.
+    features, effects, conditions
+        See `morphology.correlate` and `morphology.differ`: features of predicted against real stains, and the
+        differences between the classes of each label in them.
     classifiers, contrasts, probabilities
         See `classify.classify`.
     labels
@@ -71,6 +75,9 @@ class Evaluation:
     groups: pd.DataFrame
     stains: pd.DataFrame
     cells: pd.DataFrame
+    features: pd.DataFrame
+    effects: pd.DataFrame
+    conditions: pd.DataFrame
     classifiers: pd.DataFrame
     contrasts: pd.DataFrame
     probabilities: pd.DataFrame
@@ -142,6 +149,8 @@ def evaluate(
     boot = {"n": config.bootstrap, "seed": config.seed}
     say("intervals", 0, 1)
     stains = verdict.judge_stains(fidelity.against_floors(test.fidelity, **boot))
+    say("cell features", 0, 1)
+    features, effects, conditions = _measure(test, panel, config)
     fits = len(config.labels) * len(panel.proteins) * len(config.classifiers) * len(INPUTS)
     scores, contrasts, probabilities, notes = classify(
         test, train if on_train else None, panel, config, _counter(say, "classifiers", fits)
@@ -153,6 +162,7 @@ def evaluate(
         "fidelity": fidelity.summarise(test.fidelity, **boot),
         "groups": fidelity.by_group(test.fidelity),
         "stains": stains,
+        "conditions": conditions,
         "classifiers": scores,
         "contrasts": contrasts,
         "labels": labels,
@@ -174,27 +184,32 @@ def evaluate(
         notes.insert(
             0, f"{store.path} is not the store that trained the model; its groups are told apart by name alone"
         )
-    summary = verdict.sentences(stains, labels, panel.chromatin)
+    summary = verdict.sentences(stains, labels, panel.chromatin) + verdict.differences(conditions)
     counts = {part: int((parts == part).sum()) for part in ("train", "val", "test", "none")}
     used = {"train": len(train_cells), "test": len(test_cells)}
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    for stale in ("metrics.json", "cells.csv", "probabilities.parquet", "report.html"):
+    for stale in ("metrics.json", "cells.csv", "features.csv", "effects.csv", "probabilities.parquet", "report.html"):
         (out / stale).unlink(missing_ok=True)  # of an earlier evaluation: results never mix
     say("report", 0, 1)
-    shown = Shown(run, store, config, panel, test, tables, summary, notes, counts, used)
+    measured = {"features": features, "effects": effects}
+    shown = Shown(run, store, config, panel, test, tables | measured, summary, notes, counts, used)
     report = write_report(shown, make, out / "report.html")
     cells = _cell_table(test, config)
     plain: dict[str, Any] = {"summary": summary, "notes": notes, "cells": counts, "cells_used": used}
     plain |= {name: _records(table) for name, table in tables.items()}
-    _write(out / "cells.csv", lambda path: cells.to_csv(path, index=False, float_format="%.5g"))
+    for name, table in {"cells": cells, **measured}.items():
+        if len(table):
+            _write(out / f"{name}.csv", partial(table.to_csv, index=False, float_format="%.5g"))
     if len(probabilities):
         _write(out / "probabilities.parquet", lambda path: probabilities.to_parquet(path, index=False))
     # The last one: where it stands, the others do.
     _write(out / "metrics.json", lambda path: path.write_text(json.dumps(plain, indent=1) + "\n"))
     say("report", 1, 1)
-    return Evaluation(**tables, cells=cells, probabilities=probabilities, summary=summary, report=report, metrics=plain)
+    return Evaluation(
+        **tables, **measured, cells=cells, probabilities=probabilities, summary=summary, report=report, metrics=plain
+    )
 
 
 def _predict(predict: Predict, bound: list[int], cells: NDArray[np.intp], **wishes: bool) -> PredictedCells:
@@ -203,6 +218,20 @@ def _predict(predict: Predict, bound: list[int], cells: NDArray[np.intp], **wish
     measured = done.measured.copy()
     measured[:, bound] = False
     return dataclasses.replace(done, measured=measured)
+
+
+def _measure(test: Part, panel: Panel, config: EvaluateConfig) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Features real against predicted; differences between the classes of every label, and their summary."""
+    _, groups = np.unique(test.obs[config.group].astype(str).to_numpy(), return_inverse=True)
+    boot = {"n": config.bootstrap, "seed": config.seed}
+    labels = [read_label(test.obs, name, config.label_values) for name in config.labels]
+    differences = [morphology.differ(test, panel, label, groups, **boot) for label in labels]
+    effects, conditions = ([tables[k] for tables in differences] for k in (0, 1))
+    return morphology.correlate(test, panel, groups, **boot), _joined(effects), _joined(conditions)
+
+
+def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def _resolve(config: EvaluateConfig, held_out: pd.DataFrame) -> EvaluateConfig:

@@ -1,4 +1,4 @@
-"""Per-cell features of one stain: brightness, radial distribution, texture and spots, about the nucleus.
+"""Per-cell features of one stain: brightness, radial distribution, texture, spots and extent, about the nucleus.
 
 The nuclear mask serves only as a frame of coordinates. Its own shape is chromatin's information: `shape_features` is
 given to the chromatin input of the classifiers and to no other.
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import ndimage
+from skimage.filters import threshold_otsu
 from skimage.measure import regionprops_table
 
 Floats = NDArray[np.float32]
@@ -32,6 +33,7 @@ STAIN_NAMES = (
     *(f"texture{s}_{part}" for s in SCALES for part in ("inside", "outside")),
     *(f"spot_{what}_{part}" for what in ("count", "height") for part in ("inside", "outside")),
 )
+EXTENT_NAMES = ("stain_area", "stain_spread", "stain_eccentricity", "stain_offset")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,26 @@ def stain_features(images: Floats, where: Frame) -> Floats:
     )
 
 
+def extent_features(images: Floats, where: Frame) -> Floats:
+    """Describe where a stain lies, whatever its brightness: (n, Y, X) to (n, 4) named `EXTENT_NAMES`. All finite.
+
+    Area above Otsu's threshold (1979) of the image, px; root mean square distance of the light from its centre, px;
+    eccentricity of the light's ellipse, 0 (round) to 1; distance of its centre from that of the nucleus, px (0 without
+    a nucleus). Light is what lies above the image's 5th percentile.
+    """
+    x = np.nan_to_num(np.asarray(images, np.float64))
+    n, height, width = x.shape
+    area = [float((image > threshold_otsu(image)).sum()) if np.ptp(image) > 1e-6 else 0.0 for image in x]
+    light = np.maximum(x - np.percentile(x.reshape(n, -1), 5, axis=1)[:, None, None], 0)
+    at = np.indices((height, width)).reshape(2, -1)
+    middle, spread = _moments(light.reshape(n, -1), at)
+    minor, major = np.linalg.eigvalsh(spread).clip(0).T
+    eccentricity = np.sqrt(1 - np.divide(minor, major, out=np.ones(n), where=major > 1e-9))
+    nucleus, _ = _moments(where.inside.reshape(n, -1).astype(np.float64), at)
+    offset = np.where(where.inside.any((1, 2)), np.hypot(*(middle - nucleus).T), 0.0)
+    return np.column_stack([area, np.sqrt(minor + major), eccentricity, offset]).astype(np.float32)
+
+
 def shape_features(masks: NDArray[np.bool_]) -> Floats:
     """Describe the nuclear outline: (n, Y, X) masks to (n, 7) scikit-image region properties named `SHAPE`."""
     n, height, width = masks.shape
@@ -110,6 +132,15 @@ def _texture_and_spots(x: Floats, where: Frame) -> list[Any]:
     counts = [np.sqrt((spots & part).sum((1, 2))) for part in parts]  # the square root evens the spread of counts
     heights = [_mean(peaks, spots & part) for part in parts]
     return [*energy, *counts, *heights]
+
+
+def _moments(weights: NDArray[np.float64], at: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Centre (n, 2) and covariance (n, 2, 2) of (n, P) weights at (2, P) positions; the middle, 0 for no weight."""
+    total = weights.sum(1, keepdims=True)
+    share = np.divide(weights, total, out=np.full_like(weights, 1 / weights.shape[1]), where=total > 1e-12)
+    centre = share @ at.T
+    second = np.einsum("np,ip,jp->nij", share, at, at, optimize=True) - centre[:, :, None] * centre[:, None, :]
+    return centre, np.where(total[:, :, None] > 1e-12, second, 0.0)
 
 
 def _mean(x: Floats, part: NDArray[np.bool_]) -> Floats:

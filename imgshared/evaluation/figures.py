@@ -152,6 +152,29 @@ def scatter(pairs: Mapping[str, tuple[NDArray[Any], NDArray[Any], str]]) -> str:
     return encode(figure)
 
 
+def effects(panels: Mapping[str, tuple[NDArray[Any], NDArray[Any], Sequence[str]]]) -> str:
+    """Draw Cohen's d of each feature, a panel a marker: (real, predicted, family of each); the line is equality."""
+    figure, axes = _grid(len(panels), 4, 1.95)
+    families = list(dict.fromkeys(f for _, _, each in panels.values() for f in each))
+    palette = dict(zip(families, (BLUE, ORANGE, GREEN, PINK, YELLOW, SKY), strict=False))
+    for ax, (marker, (real, predicted, each)) in zip(axes, panels.items(), strict=False):
+        reach = 1.08 * max(float(np.nanmax(np.abs([real, predicted]), initial=0.0)), 0.5)
+        ax.axhline(0, color=RULE, lw=0.8, zorder=0)
+        ax.axvline(0, color=RULE, lw=0.8, zorder=0)
+        ax.plot([-reach, reach], [-reach, reach], color=SOFT, lw=0.8, zorder=0)
+        for name in families:
+            mine = np.array([f == name for f in each])
+            ax.scatter(real[mine], predicted[mine], s=13, color=palette[name], alpha=0.85, linewidths=0)
+        ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+        ax.set_title(marker, **STYLE)
+        ax.set_xlabel("d, real", **STYLE)
+        ax.set_ylabel("d, predicted", **STYLE)
+        _clean(ax)
+    handles = [axes[0].plot([], [], "o", ms=4.6, color=palette[f], label=f)[0] for f in families]
+    figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=8, labelcolor=INK)
+    return encode(figure)
+
+
 def training_curves(rows: Iterable[Mapping[str, Any]]) -> str | None:
     """Loss by epoch, a panel a stage, training light and validation groups dark; None where nothing was logged."""
     table = pd.DataFrame(list(rows))

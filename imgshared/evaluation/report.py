@@ -15,9 +15,9 @@ import pandas as pd
 from imgshared.config import EvaluateConfig, dump
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore
-from imgshared.evaluation import figures
+from imgshared.evaluation import figures, tables
 from imgshared.evaluation.collect import Part, Predict
-from imgshared.evaluation.figures import SAID, Example
+from imgshared.evaluation.figures import Example
 from imgshared.prediction import Run
 from imgshared.training.log import read_metrics
 
@@ -25,14 +25,6 @@ PERCENTILES = ((10, "poor"), (50, "median"), (90, "good"))  # of the per-cell Pe
 MAPS = 4  # columns of the latent maps
 SPECIFIC_MAPS = 4  # specific latents shown beside the shared one
 MAP_CELLS = 3000  # dots a map
-SCORES = {  # column: heading
-    "pearson": "Pearson r, per cell",
-    "pearson_pooled": "Pearson r, all pixels",
-    "ssim": "SSIM",
-    "l1": "L1",
-    "intensity_pearson": "intensity, Pearson",
-    "intensity_spearman": "intensity, Spearman",
-}
 
 
 @dataclass(frozen=True)
@@ -51,42 +43,35 @@ class Shown:
     used: dict[str, int]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A table cell: text, a finer text below it, the value to sort by, and a heat between 0 and 1."""
-
-    text: str
-    below: str = ""
-    sort: str | float = ""
-    heat: float | None = None
-    chip: str = ""
-
-
 def write_report(shown: Shown, predict: Predict, path: Path) -> Path:
     """Render the report; written beside, then renamed."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    found = shown.tables
     html = environment.get_template("report.html.j2").render(
         title=shown.run.path.name,
         chromatin=shown.panel.chromatin,
         summary=shown.summary,
         notes=shown.notes,
         cards=_cards(shown),
-        stains=_stain_table(shown),
-        labels=_label_table(shown),
+        stains=tables.stain_table(found["stains"]),
+        labels=tables.label_table(found["labels"]),
         stain_forest=_stain_forest(shown),
         galleries=_galleries(shown, predict),
         intensities=_intensities(shown),
-        fidelity=_fidelity_table(shown),
-        groups=_group_table(shown),
+        fidelity=tables.fidelity_table(found["fidelity"]),
+        groups=tables.group_table(found["groups"], shown.config.group),
+        features=tables.feature_table(found["features"]),
+        conditions=tables.condition_table(found["conditions"]),
+        effects=_effects(found["effects"]),
         label_forests=_label_forests(shown),
-        classifiers=_classifier_table(shown),
+        classifiers=tables.classifier_table(found["classifiers"]),
         train_on=shown.config.train_on,
         folds=shown.config.folds,
         fold=shown.config.fold or shown.config.group,
         group=shown.config.group,
-        probes=_probe_table(shown),
+        probes=tables.probe_table(found["probes"]),
         maps=_maps(shown),
         curves=figures.training_curves(read_metrics(shown.run.path)),
         provenance=_provenance(shown),
@@ -96,143 +81,6 @@ def write_report(shown: Shown, predict: Predict, path: Path) -> Path:
     partial.write_text(html, encoding="utf-8")
     partial.replace(path)
     return path
-
-
-# --- tables: (headings, rows of cells) ------------------------------------------------------------------------------
-
-Table = tuple[list[str], list[list[Cell]]]
-
-
-def _value(row: Any, *, heat: tuple[float, float] | None = None) -> Cell:
-    value, low, high = float(row["value"]), float(row["low"]), float(row["high"])
-    if np.isnan(value):
-        return Cell("–", sort=-9e9)
-    warmth = None if heat is None else float(np.clip((value - heat[0]) / (heat[1] - heat[0]), 0, 1))
-    return Cell(_fixed(value), "" if np.isnan(low) else f"{_fixed(low)} to {_fixed(high)}", value, warmth)
-
-
-def _fixed(value: float) -> str:
-    """Two decimals, a true minus sign, and no minus before zero."""
-    return f"{value:z.2f}".replace("-", "−")
-
-
-def _number(value: float) -> Cell:
-    return Cell("–", sort=-9e9) if np.isnan(value) else Cell(_fixed(value), sort=float(value))
-
-
-def _text(text: Any, chip: str = "") -> Cell:
-    return Cell(str(text), sort=str(text).lower(), chip=chip)
-
-
-def _count(value: int) -> Cell:
-    return Cell(f"{value:,}", sort=value)
-
-
-def _stain_table(shown: Shown) -> Table:
-    head = ["stain", "verdict", "predicted", "linear", "mean picture", "gain over linear", "gain over mean picture"]
-    chips = {"clears both floors": "good", "not clearly": "plain", "below a floor": "bad"}
-    rows = []
-    for row in shown.tables["stains"].to_dict("records"):
-        cells = [_text(row["marker"]), _text(row["verdict"], chips[row["verdict"]]), _number(row["predicted"])]
-        cells += [_number(row.get(floor, np.nan)) for floor in ("linear", "marker_mean")]
-        for floor in ("linear", "marker_mean"):
-            names = ("value", f"gain_{floor}"), ("low", f"gain_{floor}_low"), ("high", f"gain_{floor}_high")
-            cells.append(_value({k: row.get(name, np.nan) for k, name in names}))
-        rows.append(cells)
-    return head, rows
-
-
-def _label_table(shown: Shown) -> Table | None:
-    table = shown.tables["labels"]
-    if table.empty:
-        return None
-    chips = {"kept": "good", "partly kept": "plain", "lost": "bad", "not in the real stain": "faint"}
-    inputs = [i for i in ("real", "full", "shared", "predicted", "chromatin") if i in table]
-    head = ["label", "stain", "classifier", "in the prediction", *(SAID[i] for i in inputs)]
-    rows = [
-        [
-            *(_text(r[c]) for c in ("label", "marker", "backend")),
-            Cell(
-                r["verdict"],
-                "more than chromatin" if r["beyond_chromatin"] else "",
-                r["verdict"],
-                None,
-                chips[r["verdict"]],
-            ),
-            *(_number(r[i]) for i in inputs),
-        ]
-        for r in table.to_dict("records")
-    ]
-    return head, rows
-
-
-def _fidelity_table(shown: Shown) -> Table:
-    rows = []
-    for (marker, prediction), part in shown.tables["fidelity"].groupby(["marker", "prediction"], sort=False):
-        scores = part.set_index("score")
-        first = part.iloc[0]
-        rows.append(
-            [_text(marker), _text(SAID.get(str(prediction), prediction)), *(_value(scores.loc[s]) for s in SCORES)]
-        )
-        rows[-1] += [_count(int(first["cells"])), _count(int(first["groups"]))]
-    return ["stain", "prediction", *SCORES.values(), "cells", "groups"], rows
-
-
-def _group_table(shown: Shown) -> Table:
-    table = shown.tables["groups"]
-    rows = [
-        [
-            _text(r["marker"]),
-            _text(r["group"]),
-            _text(SAID.get(r["prediction"], r["prediction"])),
-            *(_number(r[s]) for s in SCORES),
-            _count(int(r["cells"])),
-        ]
-        for r in table.to_dict("records")
-    ]
-    return ["stain", shown.config.group, "prediction", *SCORES.values(), "cells"], rows
-
-
-def _classifier_table(shown: Shown) -> Table | None:
-    table = shown.tables["classifiers"]
-    if table.empty:
-        return None
-    rows = []
-    for keys, part in table.groupby(["label", "marker", "backend", "input"], sort=False):
-        scores, first = part.set_index("score"), part.iloc[0]
-        rows.append([*(_text(SAID.get(str(k), str(k))) for k in keys), _value(scores.loc["auroc"])])
-        rows[-1] += [_value(scores.loc["balanced_accuracy"]), _number(1 / int(first["classes"]))]
-        rows[-1] += [_count(int(first["cells"])), _count(int(first["groups"]))]
-    head = [
-        "label",
-        "stain",
-        "classifier",
-        "input",
-        "AUROC",
-        "balanced accuracy",
-        "its chance level",
-        "cells",
-        "groups",
-    ]
-    return head, rows
-
-
-def _probe_table(shown: Shown) -> Table | None:
-    """Latents as rows, targets as columns, shaded from chance (0) to perfect (1)."""
-    table = shown.tables["probes"]
-    if table.empty:
-        return None
-    table = table[table["score"].isin(["auroc", "r2"])]
-    targets = list(dict.fromkeys(zip(table["target"], table["score"], strict=True)))
-    at = {(r["latent"], r["target"], r["score"]): r for r in table.to_dict("records")}
-    span = {"auroc": (0.5, 1.0), "r2": (0.0, 1.0)}
-    rows = []
-    for latent in dict.fromkeys(table["latent"]):
-        cells = [at.get((latent, *target)) for target in targets]
-        values = [_value(c, heat=span[t[1]]) if c else Cell("–") for c, t in zip(cells, targets, strict=True)]
-        rows.append([_text(latent), *values])
-    said = {"auroc": "AUROC", "r2": "R²"}
-    return ["latent", *(f"{t}, {said[s]}" for t, s in targets)], rows
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -303,6 +151,17 @@ def _intensities(shown: Shown) -> str | None:
         for m, p in table.groupby("marker", sort=False)
     }
     return figures.scatter(pairs) if pairs else None
+
+
+def _effects(table: pd.DataFrame) -> list[tuple[str, str]]:
+    drawn = []
+    for (label, contrast), part in table.groupby(["label", "contrast"], sort=False) if len(table) else ():
+        panels = {
+            str(marker): (one["real"].to_numpy(float), one["predicted"].to_numpy(float), list(one["family"]))
+            for marker, one in part.groupby("marker", sort=False)
+        }
+        drawn.append((f"{label}, {contrast}", figures.effects(panels)))
+    return drawn
 
 
 def _maps(shown: Shown) -> str | None:

@@ -95,6 +95,24 @@ def sentences(stains: pd.DataFrame, labels: pd.DataFrame, chromatin: str) -> lis
     return said
 
 
+def differences(conditions: pd.DataFrame) -> list[str]:
+    """Say of each contrast how many of the real differences in cell features the predictions show again."""
+    said = []
+    for (label, contrast), part in conditions.groupby(["label", "contrast"], sort=False) if len(conditions) else ():
+        shown = part[part["differ"] > 0].sort_values("differ", ascending=False)
+        if not len(shown):
+            said.append(f"{label}, {contrast}: no measured feature of any real stain differs.")
+            continue
+        each = [f"{r['marker']} {r['again']} of {r['differ']}" for r in shown.to_dict("records")]
+        text = f"{label}, {contrast}: features that differ in real cells and differ so again in predicted ones: "
+        text += _list(each) + "."
+        turned, alone = int(part["reversed"].sum()), int(part["alone"].sum())
+        if turned or alone:
+            text += f" {turned} differ the other way round, {alone} in predicted cells alone: do not report those."
+        said.append(text)
+    return said
+
+
 def _told(row: Any) -> bool:
     return bool(_or(row["low"], row["value"]) > 0.5 and row["value"] >= TOLD)
 

@@ -64,9 +64,22 @@ def test_evaluation_of_planted_signals(done, tmp_path, world, run):
     assert probes["z_m [Foci]", "switched", "r2"] > 0.6
     assert probes["z_m [Foci]", "switch", "auroc"] > 0.95
 
+    # What differs between conditions: the drug in Rim comes again, the switch in Foci is lost.
+    conditions = done.conditions.set_index(["label", "marker"])
+    rim, foci = conditions.loc[("drug", "Rim")], conditions.loc[("switch", "Foci")]
+    assert rim["again"] > 0.7 * rim["differ"] > 10
+    assert rim["ranking_low"] > 0.7
+    assert foci["differ"] > 10
+    assert foci["again"] + foci["reversed"] < 0.2 * foci["differ"]
+    features = done.features.set_index(["marker", "feature"])["value"]
+    assert features["Rim", "mean_crop"] > 0.9 > 0.6 > abs(features["Foci", "log_ratio"])
+    assert any(s.startswith("switch, ") and "features that differ in real cells" in s for s in done.summary)
+
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == [
         "cells.csv",
+        "effects.csv",
+        "features.csv",
         "metrics.json",
         "probabilities.parquet",
         "report.html",
@@ -75,6 +88,8 @@ def test_evaluation_of_planted_signals(done, tmp_path, world, run):
     cells = pd.read_csv(out / "cells.csv")
     assert {"cell_id", "image", "group", "drug", "marker", "pearson", "intensity_real"} <= set(cells)
     assert set(cells["group"]) == set(run.split.test)
+    assert set(pd.read_csv(out / "effects.csv")["outcome"]) >= {"again", "missed"}
+    assert len(pd.read_csv(out / "features.csv")) == len(done.features) > 90
     p = pd.read_parquet(out / "probabilities.parquet")
     np.testing.assert_allclose(p.query("label == 'drug'")[["p_control", "p_treated"]].sum(axis=1), 1)
     check_report(done.report.read_text())
@@ -121,7 +136,12 @@ def test_labels_are_not_needed(world, run, store, tmp_path):
 def test_results_of_two_evaluations_never_mix(done, world, run, store, tmp_path):
     assert (tmp_path / "out" / "probabilities.parquet").exists()
     evaluate(run, store, tmp_path / "out", EvaluateConfig(bootstrap=100, max_cells=60), predict=world.predict)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["cells.csv", "metrics.json", "report.html"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "cells.csv",
+        "features.csv",
+        "metrics.json",
+        "report.html",
+    ]
 
 
 def test_a_single_held_out_group_is_said_to_have_no_interval(world, run, store, tmp_path):

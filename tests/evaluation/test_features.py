@@ -3,7 +3,16 @@
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from imgshared.evaluation.features import SHAPE, STAIN_NAMES, blur, frame, shape_features, stain_features
+from imgshared.evaluation.features import (
+    EXTENT_NAMES,
+    SHAPE,
+    STAIN_NAMES,
+    blur,
+    extent_features,
+    frame,
+    shape_features,
+    stain_features,
+)
 
 
 def disc(radius, side=48):
@@ -51,3 +60,31 @@ def test_each_cell_is_described_by_itself():
 def test_blur_matches_scipy():
     image = np.random.default_rng(0).random((2, 32, 32)).astype(np.float32)
     np.testing.assert_allclose(blur(image, 3), gaussian_filter(image, (0, 3, 3), mode="reflect"), atol=1e-5)
+
+
+def extent(images, masks):
+    found = extent_features(images.astype(np.float32), frame(masks))
+    return [dict(zip(EXTENT_NAMES, row, strict=True)) for row in found.tolist()]
+
+
+def test_extent_of_known_shapes():
+    y, x = np.mgrid[:48, :48] - 23.5
+    ellipse = (x / 16) ** 2 + (y / 8) ** 2 < 1
+    moved = np.hypot(x - 6, y - 8) < 8
+    round_, long, aside = extent(np.stack([disc(10), ellipse, moved]), np.stack([disc(10)] * 3))
+    assert round_["stain_area"] == disc(10).sum()
+    assert np.isclose(round_["stain_spread"], 10 / 2**0.5, rtol=0.02)  # of a uniform disc, Jacobi
+    assert round_["stain_eccentricity"] < 0.05
+    assert round_["stain_offset"] < 1e-5
+    assert np.isclose(long["stain_eccentricity"], (1 - 0.25) ** 0.5, atol=0.02)
+    assert np.isclose(aside["stain_offset"], 10, atol=0.1)
+
+
+def test_extent_knows_no_brightness_and_is_finite_where_nothing_is_seen():
+    masks = np.stack([disc(10), np.zeros((48, 48), bool), disc(9)])
+    image = np.random.default_rng(0).random((48, 48)) + 2 * disc(7)
+    one, brighter, empty = (extent(np.stack([k * image + b] * 3), masks) for k, b in ((1, 0), (5, 0.3), (0, 0.2)))
+    for a, b in zip(one, brighter, strict=True):
+        assert np.allclose(list(a.values()), list(b.values()), rtol=1e-3, atol=1e-3)
+    assert one[1]["stain_offset"] == 0
+    assert all(np.isfinite(list(row.values())).all() and row["stain_area"] == row["stain_spread"] == 0 for row in empty)

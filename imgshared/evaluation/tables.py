@@ -1,0 +1,193 @@
+"""The report's tables: (headings, rows of cells), from the tables of numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from imgshared.evaluation.figures import SAID
+
+SCORES = {  # column: heading
+    "pearson": "Pearson r, per cell",
+    "pearson_pooled": "Pearson r, all pixels",
+    "ssim": "SSIM",
+    "l1": "L1",
+    "intensity_pearson": "intensity, Pearson",
+    "intensity_spearman": "intensity, Spearman",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell: text, a finer text below it, the value to sort by, and a heat between 0 and 1."""
+
+    text: str
+    below: str = ""
+    sort: str | float = ""
+    heat: float | None = None
+    chip: str = ""
+
+
+Table = tuple[list[str], list[list[Cell]]]
+
+
+def _value(row: Any, *, heat: tuple[float, float] | None = None) -> Cell:
+    value, low, high = float(row["value"]), float(row["low"]), float(row["high"])
+    if np.isnan(value):
+        return Cell("–", sort=-9e9)
+    warmth = None if heat is None else float(np.clip((value - heat[0]) / (heat[1] - heat[0]), 0, 1))
+    return Cell(_fixed(value), "" if np.isnan(low) else f"{_fixed(low)} to {_fixed(high)}", value, warmth)
+
+
+def _fixed(value: float) -> str:
+    """Two decimals, a true minus sign, and no minus before zero."""
+    return f"{value:z.2f}".replace("-", "−")
+
+
+def _number(value: float) -> Cell:
+    return Cell("–", sort=-9e9) if np.isnan(value) else Cell(_fixed(value), sort=float(value))
+
+
+def _text(text: Any, chip: str = "") -> Cell:
+    return Cell(str(text), sort=str(text).lower(), chip=chip)
+
+
+def _count(value: int) -> Cell:
+    return Cell(f"{value:,}", sort=value)
+
+
+def stain_table(stains: pd.DataFrame) -> Table:
+    head = ["stain", "verdict", "predicted", "linear", "mean picture", "gain over linear", "gain over mean picture"]
+    chips = {"clears both floors": "good", "not clearly": "plain", "below a floor": "bad"}
+    rows = []
+    for row in stains.to_dict("records"):
+        cells = [_text(row["marker"]), _text(row["verdict"], chips[row["verdict"]]), _number(row["predicted"])]
+        cells += [_number(row.get(floor, np.nan)) for floor in ("linear", "marker_mean")]
+        for floor in ("linear", "marker_mean"):
+            names = ("value", f"gain_{floor}"), ("low", f"gain_{floor}_low"), ("high", f"gain_{floor}_high")
+            cells.append(_value({k: row.get(name, np.nan) for k, name in names}))
+        rows.append(cells)
+    return head, rows
+
+
+def label_table(table: pd.DataFrame) -> Table | None:
+    if table.empty:
+        return None
+    chips = {"kept": "good", "partly kept": "plain", "lost": "bad", "not in the real stain": "faint"}
+    inputs = [i for i in ("real", "full", "shared", "predicted", "chromatin") if i in table]
+    head = ["label", "stain", "classifier", "in the prediction", *(SAID[i] for i in inputs)]
+    rows = [
+        [
+            *(_text(r[c]) for c in ("label", "marker", "backend")),
+            Cell(
+                r["verdict"],
+                "more than chromatin" if r["beyond_chromatin"] else "",
+                r["verdict"],
+                None,
+                chips[r["verdict"]],
+            ),
+            *(_number(r[i]) for i in inputs),
+        ]
+        for r in table.to_dict("records")
+    ]
+    return head, rows
+
+
+def fidelity_table(fidelity: pd.DataFrame) -> Table:
+    rows = []
+    for (marker, prediction), part in fidelity.groupby(["marker", "prediction"], sort=False):
+        scores = part.set_index("score")
+        first = part.iloc[0]
+        rows.append(
+            [_text(marker), _text(SAID.get(str(prediction), prediction)), *(_value(scores.loc[s]) for s in SCORES)]
+        )
+        rows[-1] += [_count(int(first["cells"])), _count(int(first["groups"]))]
+    return ["stain", "prediction", *SCORES.values(), "cells", "groups"], rows
+
+
+def group_table(table: pd.DataFrame, group: str) -> Table:
+    rows = [
+        [
+            _text(r["marker"]),
+            _text(r["group"]),
+            _text(SAID.get(r["prediction"], r["prediction"])),
+            *(_number(r[s]) for s in SCORES),
+            _count(int(r["cells"])),
+        ]
+        for r in table.to_dict("records")
+    ]
+    return ["stain", group, "prediction", *SCORES.values(), "cells"], rows
+
+
+def classifier_table(table: pd.DataFrame) -> Table | None:
+    if table.empty:
+        return None
+    rows = []
+    for keys, part in table.groupby(["label", "marker", "backend", "input"], sort=False):
+        scores, first = part.set_index("score"), part.iloc[0]
+        rows.append([*(_text(SAID.get(str(k), str(k))) for k in keys), _value(scores.loc["auroc"])])
+        rows[-1] += [_value(scores.loc["balanced_accuracy"]), _number(1 / int(first["classes"]))]
+        rows[-1] += [_count(int(first["cells"])), _count(int(first["groups"]))]
+    head = [
+        "label",
+        "stain",
+        "classifier",
+        "input",
+        "AUROC",
+        "balanced accuracy",
+        "its chance level",
+        "cells",
+        "groups",
+    ]
+    return head, rows
+
+
+def probe_table(table: pd.DataFrame) -> Table | None:
+    """Latents as rows, targets as columns, shaded from chance (0) to perfect (1)."""
+    if table.empty:
+        return None
+    table = table[table["score"].isin(["auroc", "r2"])]
+    targets = list(dict.fromkeys(zip(table["target"], table["score"], strict=True)))
+    at = {(r["latent"], r["target"], r["score"]): r for r in table.to_dict("records")}
+    span = {"auroc": (0.5, 1.0), "r2": (0.0, 1.0)}
+    rows = []
+    for latent in dict.fromkeys(table["latent"]):
+        cells = [at.get((latent, *target)) for target in targets]
+        values = [_value(c, heat=span[t[1]]) if c else Cell("–") for c, t in zip(cells, targets, strict=True)]
+        rows.append([_text(latent), *values])
+    said = {"auroc": "AUROC", "r2": "R²"}
+    return ["latent", *(f"{t}, {said[s]}" for t, s in targets)], rows
+
+
+def feature_table(features: pd.DataFrame) -> Table | None:
+    """Stains as rows, families of features as columns: the median correlation and the span of all of them."""
+    if features.empty:
+        return None
+    families = list(dict.fromkeys(features["family"]))
+    rows = []
+    for marker, part in features.groupby("marker", sort=False):
+        cells = []
+        for family in families:
+            values = part.loc[part["family"] == family, "value"].dropna()
+            span = {"value": values.median(), "low": values.min(), "high": values.max()}
+            cells.append(_value(span, heat=(0.0, 1.0)))
+        rows.append([_text(marker), *cells, _count(int(part["cells"].iloc[0]))])
+    return ["stain", *families, "cells"], rows
+
+
+def condition_table(conditions: pd.DataFrame) -> Table | None:
+    """How the differences between classes come out in predicted stains, a row a contrast and stain."""
+    if conditions.empty:
+        return None
+    counts = ("differ", "again", "missed", "reversed", "alone")
+    head = ["label", "contrast", "stain", "differ in real", "found again", "missed", "reversed",
+            "in the prediction alone", "same sign", "slope", "ranking"]  # fmt: skip
+    rows = []
+    for row in conditions.to_dict("records"):
+        rank = {"value": row["ranking"], "low": row["ranking_low"], "high": row["ranking_high"]}
+        rows.append([*(_text(row[c]) for c in ("label", "contrast", "marker")), *(_count(row[c]) for c in counts),
+                     _number(row["same_sign"]), _number(row["slope"]), _value(rank)])  # fmt: skip
+    return head, rows
