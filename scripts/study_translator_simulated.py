@@ -30,8 +30,8 @@ from imgshared.data.store import CellStore
 from imgshared.prediction import Run, predict_cells
 
 TERMS = {
-    "shared": 0.1,
-    "adversarial": 0.01,
+    "shared": 0.03,
+    "adversarial": 0.03,
     "patch_nce": 0.001,
     "cycle": 0.05,
     "identity": 0.05,

@@ -97,7 +97,7 @@ class MapMethod(LatentMethod):
 
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
         """Draw each target from the fused shared maps of the measured stains; images of any size."""
-        trunk, _, _ = self._fused(images, measured)
+        trunk, fused, _ = self._fused(images, measured)
         asked = [torch.full((len(images),), target, device=images.device) for target in targets]
         means, scales = list[Tensor](), list[Tensor]()
         for channels in asked:
@@ -108,7 +108,7 @@ class MapMethod(LatentMethod):
                 scales.append(std * log_scale.exp())
 
         def sharp() -> Tensor:
-            return torch.cat([self.network.sharpen(m, trunk, c) for m, c in zip(means, asked, strict=True)], 1)
+            return torch.cat([self.network.sharpen(m, fused.shared, c) for m, c in zip(means, asked, strict=True)], 1)
 
         return Prediction(torch.cat(means, 1), torch.cat(scales, 1) if scales else None, sharp if self.sharp else None)
 

@@ -283,9 +283,8 @@ class Translator(MapMethod):
         if not self.weights.sharp:
             return self.network.decode(step.trunk[cells], channels, size)[0]
         with torch.no_grad():
-            trunk = step.trunk[cells]
-            mean, _ = self.network.decode(trunk, channels, size)
-        return self.network.sharpen(mean, trunk, channels)
+            mean, _ = self.network.decode(step.trunk[cells], channels, size)
+        return self.network.sharpen(mean, [h[cells] for h in step.fused.shared], channels)
 
     def _patch_nce(self, step: Step, again: Maps, source: Tensor) -> Tensor:
         """Shared maps of the translation against those of its source, level by level (CUT, eq. 4)."""

@@ -102,7 +102,7 @@ class TranslationNetwork(nn.Module):
         self.own = nn.Conv2d(own[0], channels[0], 1)
         self.absent = nn.Embedding(markers, channels[0])
         self.head = Head(channels[0], markers, marker_dim, self.reductions[0], outputs)
-        self.texture = Texture(channels[0], markers, marker_dim, self.reductions[0]) if sharp else None
+        self.texture = Texture(self.widths, channels, self.reductions, markers, marker_dim) if sharp else None
 
     @property
     def multiple(self) -> int:
@@ -148,23 +148,20 @@ class TranslationNetwork(nn.Module):
         -------
         Mean and log scale (None without that head), (Q, 1, Y, X) of the given `size`, Y and X: without the padding.
         """
-        h = trunk + (self._absent(trunk, channels) if detail is None else detail)
+        absent = self.absent(channels)[:, :, None, None].to(trunk.dtype)
+        h = trunk + (absent if detail is None else detail)
         out = self.head(h, self.marker(channels), channels)[..., : size[0], : size[1]]
         return out[:, :1], soft_bound(out[:, 1:], *LOG_SCALE) if self.outputs == 2 else None
 
-    def sharpen(self, mean: Tensor, trunk: Tensor, channels: Tensor) -> Tensor:
-        """Add texture to the (Q, 1, Y, X) mean of absent stains that `decode` drew of `trunk`.
+    def sharpen(self, mean: Tensor, shared: Sequence[Tensor], channels: Tensor) -> Tensor:
+        """Add texture to the (Q, 1, Y, X) mean of absent stains that `decode` drew of cells with these shared maps.
 
         An image cannot be both the expectation of a stain and look like one (Blau & Michaeli 2018): so there are two,
         and what the second one learns goes no further than `texture`.
         """
         assert self.texture is not None
-        h = trunk + self._absent(trunk, channels)
-        out = self.texture(h.detach(), self.marker(channels).detach(), channels)
+        out = self.texture([h.detach() for h in shared], self.marker(channels).detach(), channels)
         return mean.detach() + out[..., : mean.shape[-2], : mean.shape[-1]]  # type: ignore[no-any-return]
-
-    def _absent(self, trunk: Tensor, channels: Tensor) -> Tensor:
-        return self.absent(channels)[:, :, None, None].to(trunk.dtype)  # type: ignore[no-any-return]
 
 
 class Head(nn.Module):
@@ -199,21 +196,25 @@ class Head(nn.Module):
 
 
 class Texture(nn.Module):
-    """Maps at 1 / `reduction` of the resolution to the texture of an image, at first none: residual blocks and a head.
+    """A pyramid of shared maps to the texture of a stain, at first none: a path of its own, a block, a head.
 
-    What is drawn must be decided on somewhere (where does the membrane run that the mean only smears?): not in a head.
+    What is drawn must be decided on somewhere (where does the membrane run that the mean only smears? is the cell a
+    bright one?): at every level, not in a head.
     """
 
-    def __init__(self, width: int, markers: int, marker_dim: int, reduction: int, blocks: int = 2) -> None:
+    def __init__(
+        self, widths: Sequence[int], channels: Sequence[int], reductions: Sequence[int], markers: int, marker_dim: int
+    ) -> None:
         super().__init__()
-        self.condition = Condition(marker_dim, width)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
-        self.head = Head(width, markers, marker_dim, reduction, 1)
+        self.path = UpPath(widths, channels, reductions)
+        self.condition = Condition(marker_dim, channels[0])
+        self.block = Block(channels[0])
+        self.head = Head(channels[0], markers, marker_dim, reductions[0], 1)
         _zero(self.head.last)
 
-    def forward(self, x: Tensor, code: Tensor, channels: Tensor) -> Tensor:
-        """As `Head.forward`."""
-        return self.head(self.blocks(self.condition(x, code)), code, channels)  # type: ignore[no-any-return]
+    def forward(self, shared: Sequence[Tensor], code: Tensor, channels: Tensor) -> Tensor:
+        """One (Q, width, Y / r, X / r) map a level, (Q, marker_dim) embeddings and (Q,) markers to (Q, 1, Y, X)."""
+        return self.head(self.block(self.condition(self.path(shared), code)), code, channels)  # type: ignore[no-any-return]
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:

@@ -223,14 +223,15 @@ def test_a_sharp_image_starts_as_the_mean_and_teaches_texture_alone():
         markers=3, chromatin=1, channels=(4, 6), shared_fraction=0.5, backbone="conv", by_marker=False, product=False,
         outputs=1, marker_dim=3, sharp=True,
     ).eval()  # fmt: skip
-    trunk, channels = torch.randn(2, 4, 9, 8, requires_grad=True), torch.tensor([0, 2])
-    mean, _ = net.decode(trunk, channels, (17, 16))
-    assert torch.equal(net.sharpen(mean, trunk, channels), mean)
+    shared = [torch.randn(2, width, side, side, requires_grad=True) for width, side in ((2, 16), (3, 8))]
+    channels = torch.tensor([0, 2])
+    mean, _ = net.decode(net.shared_path(shared), channels, (31, 32))
+    assert torch.equal(net.sharpen(mean, shared, channels), mean)
     randomise(net.texture)
-    net.sharpen(mean, trunk, channels).square().sum().backward()
+    net.sharpen(mean, shared, channels).square().sum().backward()
     moved = {name.split(".")[0] for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == {"texture"}
-    assert trunk.grad is None
+    assert all(h.grad is None for h in shared)
 
 
 def test_a_timm_backbone_serves_crops_and_fields_of_odd_sizes():
