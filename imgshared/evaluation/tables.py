@@ -60,6 +60,7 @@ def _count(value: int) -> Cell:
 
 
 def stain_table(stains: pd.DataFrame) -> Table:
+    """Each predicted stain beside the two floors, with its verdict."""
     head = ["stain", "verdict", "predicted", "linear", "mean picture", "gain over linear", "gain over mean picture"]
     chips = {"clears both floors": "good", "not clearly": "plain", "below a floor": "bad"}
     rows = []
@@ -74,6 +75,7 @@ def stain_table(stains: pd.DataFrame) -> Table:
 
 
 def label_table(table: pd.DataFrame) -> Table | None:
+    """What each input tells of each label, with the verdict on the prediction; None without labels."""
     if table.empty:
         return None
     chips = {"kept": "good", "partly kept": "plain", "lost": "bad", "not in the real stain": "faint"}
@@ -97,6 +99,7 @@ def label_table(table: pd.DataFrame) -> Table | None:
 
 
 def fidelity_table(fidelity: pd.DataFrame) -> Table:
+    """Every score of every prediction, a row a stain and prediction."""
     rows = []
     for (marker, prediction), part in fidelity.groupby(["marker", "prediction"], sort=False):
         scores = part.set_index("score")
@@ -109,6 +112,7 @@ def fidelity_table(fidelity: pd.DataFrame) -> Table:
 
 
 def group_table(table: pd.DataFrame, group: str) -> Table:
+    """The same scores by group."""
     rows = [
         [
             _text(r["marker"]),
@@ -123,6 +127,7 @@ def group_table(table: pd.DataFrame, group: str) -> Table:
 
 
 def classifier_table(table: pd.DataFrame) -> Table | None:
+    """Every classifier's scores, a row a label, stain, backend and input; None without labels."""
     if table.empty:
         return None
     rows = []
