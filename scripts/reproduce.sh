@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The studies of the README and their figures, from nothing but the project and the folder of real images.
 #   scripts/reproduce.sh DATA OUT
-# DATA holds bbbc013/ and imc_spleen/. Finished parts are not computed again. About four hours on 2 CPU cores.
+# DATA holds bbbc013/ and imc_spleen/. Finished parts are not computed again. Four to five hours on 2 CPU cores.
 set -euo pipefail
 [ $# -eq 2 ] || { sed -n 2,4p "$0"; exit 2; }
 here="$(cd "$(dirname "$0")/.." && pwd)"

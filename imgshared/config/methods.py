@@ -74,7 +74,7 @@ class TranslatorConfig:
     encoders: Literal["modality", "marker"] = "modality"
     channels: Channels = (32, 48, 64, 96)  # of the levels at 1/2, 1/4, ... of the resolution
     shared_fraction: Probability = 0.75  # of the channels of every level; the rest is specific
-    # of the visible stains' shared maps: their mean, with a learnt weight for every marker and channel; a product of
+    # of the visible stains' shared maps: a mean with a learnt weight for every marker and channel, or a product of
     # Gaussian experts
     fusion: Literal["mean", "product"] = "mean"
     head: Literal["mean", "laplace", "gaussian"] = "mean"  # the last two also predict a scale a pixel

@@ -18,7 +18,7 @@ from imgshared.evaluation.floors import Floors
 from imgshared.prediction.types import PredictedCells
 
 BLOCK = 512  # cells predicted at a time
-MEASURED = ("real", "predicted")  # whose morphology is compared
+COMPARED = ("real", "predicted")  # whose morphology is compared
 INPUTS = ("real", "full", "shared", "predicted", "chromatin")  # what a classifier may see of a marker
 
 Predict = Callable[..., PredictedCells]
@@ -100,7 +100,7 @@ def collect(
             tables.append(fidelity.compare(done, panel.markers, panel.chromatin_index, against))
             tables[-1]["position"] += start
         if features or against is not None:
-            _keep_features(part, done, rows, panel, INPUTS if features else MEASURED, extent=against is not None)
+            _keep_features(part, done, rows, panel, INPUTS if features else COMPARED, extent=against is not None)
         if crops:
             for key, images in _inputs(done, panel):
                 _rows(part.crops, key, len(cells), images.shape[1:], np.float16)[rows] = images
@@ -139,7 +139,7 @@ def _keep_features(
         if key[1] == "chromatin":
             values = np.hstack([values, shape_features(done.masks)])
         _rows(part.features, key, len(part.cells), values.shape[1:], np.float32)[rows] = values
-        if extent and key[1] in MEASURED:
+        if extent and key[1] in COMPARED:
             values = extent_features(images, where)
             _rows(part.extent, key, len(part.cells), values.shape[1:], np.float32)[rows] = values
 

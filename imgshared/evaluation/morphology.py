@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from imgshared import metrics
 from imgshared.data.panel import Panel
-from imgshared.evaluation.collect import Part
+from imgshared.evaluation.collect import COMPARED, Part
 from imgshared.evaluation.features import EXTENT_NAMES, STAIN_NAMES
 from imgshared.evaluation.labels import Label
 
@@ -108,7 +108,7 @@ def _pairs(part: Part, panel: Panel) -> Iterator[tuple[str, NDArray[np.intp], ND
         if len(cells):
             real, predicted = (
                 np.hstack([part.features[marker, given][cells], part.extent[marker, given][cells]])
-                for given in ("real", "predicted")
+                for given in COMPARED
             )
             yield marker, cells, real, predicted
 
@@ -139,9 +139,9 @@ def _outcome(real: metrics.Estimate, predicted: metrics.Estimate) -> str:
 
 
 def _varying(sides: list[list[metrics.Statistic]], groups: NDArray[Any]) -> list[list[metrics.Statistic]]:
-    """Leave out features that are constant on either side: they have no effect to rank."""
+    """Leave out features that are constant in real cells: nothing measures their effects, which share that unit."""
     once = np.ones((1, len(np.unique(groups))))
-    kept = [k for k, both in enumerate(zip(*sides, strict=True)) if all(np.isfinite(s(once)[0]) for s in both)]
+    kept = [k for k, statistic in enumerate(sides[0]) if np.isfinite(statistic(once)[0])]
     return [[side[k] for k in kept] for side in sides]
 
 

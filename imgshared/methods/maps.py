@@ -108,7 +108,8 @@ class MapMethod(LatentMethod):
                 scales.append(std * log_scale.exp())
 
         def sharp() -> Tensor:
-            return torch.cat([self.network.sharpen(m, fused.shared, c) for m, c in zip(means, asked, strict=True)], 1)
+            texture = self.network.texture_trunk(fused.shared)
+            return torch.cat([self.network.sharpen(m, texture, c) for m, c in zip(means, asked, strict=True)], 1)
 
         return Prediction(torch.cat(means, 1), torch.cat(scales, 1) if scales else None, sharp if self.sharp else None)
 

@@ -284,7 +284,8 @@ class Translator(MapMethod):
             return self.network.decode(step.trunk[cells], channels, size)[0]
         with torch.no_grad():
             mean, _ = self.network.decode(step.trunk[cells], channels, size)
-        return self.network.sharpen(mean, [h[cells] for h in step.fused.shared], channels)
+        texture = self.network.texture_trunk([h[cells] for h in step.fused.shared])
+        return self.network.sharpen(mean, texture, channels)
 
     def _patch_nce(self, step: Step, again: Maps, source: Tensor) -> Tensor:
         """Shared maps of the translation against those of its source, level by level (CUT, eq. 4)."""

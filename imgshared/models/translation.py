@@ -153,14 +153,19 @@ class TranslationNetwork(nn.Module):
         out = self.head(h, self.marker(channels), channels)[..., : size[0], : size[1]]
         return out[:, :1], soft_bound(out[:, 1:], *LOG_SCALE) if self.outputs == 2 else None
 
-    def sharpen(self, mean: Tensor, shared: Sequence[Tensor], channels: Tensor) -> Tensor:
-        """Add texture to the (Q, 1, Y, X) mean of absent stains that `decode` drew of cells with these shared maps.
+    def texture_trunk(self, shared: Sequence[Tensor]) -> Tensor:
+        """Shared maps of cells to the (B, width, Y / r0, X / r0) trunk of their texture, the same for every stain."""
+        assert self.texture is not None
+        return self.texture.path([h.detach() for h in shared])  # type: ignore[no-any-return]
+
+    def sharpen(self, mean: Tensor, trunk: Tensor, channels: Tensor) -> Tensor:
+        """Add texture, from its own (Q, width, Y / r0, X / r0) trunk, to the (Q, 1, Y, X) mean of absent stains.
 
         An image cannot be both the expectation of a stain and look like one (Blau & Michaeli 2018): so there are two,
         and what the second one learns goes no further than `texture`.
         """
         assert self.texture is not None
-        out = self.texture([h.detach() for h in shared], self.marker(channels).detach(), channels)
+        out = self.texture(trunk, self.marker(channels).detach(), channels)
         return mean.detach() + out[..., : mean.shape[-2], : mean.shape[-1]]  # type: ignore[no-any-return]
 
 
@@ -212,9 +217,9 @@ class Texture(nn.Module):
         self.head = Head(channels[0], markers, marker_dim, reductions[0], 1)
         _zero(self.head.last)
 
-    def forward(self, shared: Sequence[Tensor], code: Tensor, channels: Tensor) -> Tensor:
-        """One (Q, width, Y / r, X / r) map a level, (Q, marker_dim) embeddings and (Q,) markers to (Q, 1, Y, X)."""
-        return self.head(self.block(self.condition(self.path(shared), code)), code, channels)  # type: ignore[no-any-return]
+    def forward(self, trunk: Tensor, code: Tensor, channels: Tensor) -> Tensor:
+        """What `path` made of the shared maps, (Q, width, Y / r, X / r), embeddings and markers to (Q, 1, Y, X)."""
+        return self.head(self.block(self.condition(trunk, code)), code, channels)  # type: ignore[no-any-return]
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:

@@ -416,7 +416,9 @@ def test_the_sharp_output_is_the_mean_and_texture_and_is_scored_where_it_is_know
     for i, c, image in zip(kept.cells.tolist(), kept.channels.tolist(), kept.images, strict=True):
         shared = fused(method, batch, i, [DNA])
         assert method.network.texture is not None
-        texture = method.network.texture(shared, method.network.marker.weight[c][None], torch.tensor([c]))
+        texture = method.network.texture(
+            method.network.texture.path(shared), method.network.marker.weight[c][None], torch.tensor([c])
+        )
         torch.testing.assert_close(image[None], draw(method, shared, c) + texture, rtol=1e-4, atol=1e-5)
         if batch.measured[i, c]:
             each.append((image[0] - batch.images[i, c]).square().mean())

@@ -226,9 +226,9 @@ def test_a_sharp_image_starts_as_the_mean_and_teaches_texture_alone():
     shared = [torch.randn(2, width, side, side, requires_grad=True) for width, side in ((2, 16), (3, 8))]
     channels = torch.tensor([0, 2])
     mean, _ = net.decode(net.shared_path(shared), channels, (31, 32))
-    assert torch.equal(net.sharpen(mean, shared, channels), mean)
+    assert torch.equal(net.sharpen(mean, net.texture_trunk(shared), channels), mean)
     randomise(net.texture)
-    net.sharpen(mean, shared, channels).square().sum().backward()
+    net.sharpen(mean, net.texture_trunk(shared), channels).square().sum().backward()
     moved = {name.split(".")[0] for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == {"texture"}
     assert all(h.grad is None for h in shared)
