@@ -37,7 +37,7 @@ from imgshared.data.normalise import Normaliser
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore, StoreWriter, panel_table
 from imgshared.evaluation.agreement import Reader, Standard, feature_distance, kappa
-from imgshared.evaluation.features import Frame, frame, stain_features
+from imgshared.evaluation.features import Frame, central_frame, stain_features, typical_radius
 from imgshared.evaluation.floors import Floors
 from imgshared.prediction import load_run, predict_cells
 from imgshared.training.folder import last_path
@@ -111,17 +111,19 @@ def ground(job: Job) -> None:
     train, test = np.flatnonzero(parts == "train"), drawn(np.flatnonzero(parts == "test"), job["test_cells"])
     learnt = drawn(train, job["train_cells"])
     floors = Floors(len(panel), panel.chromatin_index)
+    radius = typical_radius(cells.masks(learnt))
     blocks = []
     for rows, images, measured in crops(cells, train, panel, normaliser):
         floors.add(images, measured)
         here = np.isin(rows, learnt)
-        blocks.append((described(images[here], measured[here], frame(cells.masks(rows[here]))), measured[here]))
+        blocks.append((described(images[here], measured[here], radius), measured[here]))
     features, shown = (np.concatenate(x) for x in zip(*blocks, strict=True))
-    (_, images, measured), where = next(crops(cells, test, panel, normaliser, len(test))), frame(cells.masks(test))
+    _, images, measured = next(crops(cells, test, panel, normaliser, len(test)))
     kept: dict[str, NDArray[Any]] = {
         "test": test,
         "train": train,
         "normaliser": np.array(json.dumps(normaliser.to_dict())),
+        "radius": np.array(radius),
     }
     for marker in panel.proteins:
         c = panel.index(marker)
@@ -129,7 +131,7 @@ def ground(job: Job) -> None:
         linear = floors.linear(c, images[measured[:, c], panel.chromatin_index])
         correlation = np.nan_to_num(metrics.pearson(real, linear))
         standard = Standard.of(features[shown[:, c], c])
-        kept |= {f"{marker}/real": stain_features(real, at(where, measured[:, c])), f"{marker}/linear": correlation}
+        kept |= {f"{marker}/real": stain_features(real, frame_of(real, radius)), f"{marker}/linear": correlation}
         kept |= {f"{marker}/mean": standard.mean, f"{marker}/sd": standard.sd}
         order = np.flatnonzero(measured[:, c])[np.argsort(correlation, kind="stable")]
         kept[f"{marker}/shown"] = test[order[[int(q * (len(order) - 1)) for q in job["quantiles"]]]]
@@ -157,18 +159,18 @@ def crops(cells: CellStore, rows: NDArray[np.intp], panel: Panel, normaliser: No
         yield rows[batch.index.numpy()], np.ascontiguousarray(batch.images.numpy()), batch.measured.numpy()
 
 
-def described(images: NDArray[np.float32], measured: NDArray[np.bool_], where: Frame) -> NDArray[np.float32]:
+def described(images: NDArray[np.float32], measured: NDArray[np.bool_], radius: float) -> NDArray[np.float32]:
     """Features of every stain, (n, C, 45); zero where it was not measured."""
     out = np.zeros((*images.shape[:2], 45), np.float32)
     for c, known in enumerate(measured.T):
         if known.any():
-            out[known, c] = stain_features(images[known, c], at(where, known))
+            out[known, c] = stain_features(images[known, c], frame_of(images[known, c], radius))
     return out
 
 
-def at(where: Frame, rows: NDArray[np.bool_]) -> Frame:
-    """Take some rows of a frame."""
-    return Frame(where.inside[rows], where.ring[rows])
+def frame_of(images: NDArray[np.float32], radius: float) -> Frame:
+    """Return the frame of (n, Y, X) crops, the same for every cell."""
+    return central_frame(len(images), images.shape[-1], radius)
 
 
 # --- the speed ------------------------------------------------------------------------------------------------------
@@ -288,7 +290,7 @@ def task(job: Job) -> None:
     real = in_units(done.real, run.normaliser, ours)
     outputs = {name: in_units(x, run.normaliser, ours) for name, x in done.images.items()}
     for name, predicted in outputs.items():
-        scores = score(real, predicted, done.measured, frame(done.masks), run.panel, shared, job["labels"])
+        scores = score(real, predicted, done.measured, run.panel, shared, job["labels"])
         row["markers" if name == "predicted" else name] = scores
     pictures = {}
     for marker in job["shown"]:
@@ -312,7 +314,6 @@ def score(
     real: NDArray[np.float32],
     predicted: NDArray[np.float32],
     measured: NDArray[np.bool_],
-    where: Frame,
     panel: Panel,
     shared: Any,
     labels: list[tuple[str, list[str]]],
@@ -325,7 +326,7 @@ def score(
         a, b = real[cells, c], predicted[cells, c]
         r, linear = np.nan_to_num(metrics.pearson(a, b)), shared[f"{marker}/linear"]
         standard = Standard(shared[f"{marker}/mean"], shared[f"{marker}/sd"])
-        x, y = shared[f"{marker}/real"], stain_features(b, at(where, cells))
+        x, y = shared[f"{marker}/real"], stain_features(b, frame_of(b, float(shared["radius"])))
         row = {
             "marker": marker,
             "cells": int(cells.sum()),

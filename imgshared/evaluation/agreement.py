@@ -1,6 +1,7 @@
 """Do predicted stains say what the real ones say? Scores that look at per-cell features, not at pixels.
 
-Features are `features.stain_features`, 45 a cell: the stated extractor, deterministic, without a network. They are
+Features are `features.stain_features`, 45 a cell, in one frame for all cells: the stated extractor, deterministic,
+without a network, and without the cells' outlines, which would make any two stains of a cell agree. They are
 standardised by real training cells and clipped to +-3 standard deviations, so that no single feature of a faulty
 prediction drowns the others. A reader learns a label from real stains of training groups and is then given the real
 and the predicted stain of the same held-out cells: what counts is whether it gives the same answer.

@@ -1,7 +1,8 @@
 """Per-cell features of one stain: brightness, radial distribution, texture, spots and extent, about the nucleus.
 
-The nuclear mask serves only as a frame of coordinates. Its own shape is chromatin's information: `shape_features` is
-given to the chromatin input of the classifiers and to no other.
+Where "inside" and "outside" are is a frame of coordinates. In a frame of the cell's own outline even a picture that is
+the same for every cell tells of the nuclear shape, which is chromatin's information: what a classifier learns from is
+measured in one frame for all cells (`central_frame`), and `shape_features` is given to the chromatin input alone.
 """
 
 from __future__ import annotations
@@ -58,6 +59,19 @@ def frame(masks: NDArray[np.bool_]) -> Frame:
     without = np.stack([ndimage.distance_transform_edt(~mask) for mask in masks])
     radius = np.maximum(within.max((1, 2), keepdims=True), 1)
     return Frame(masks, np.digitize((without - within) / radius, EDGES).astype(np.intp))
+
+
+def central_frame(cells: int, side: int, radius: float) -> Frame:
+    """Lay the same coordinates for so many cells, (cells, side, side): a disc of `radius` px in the crop's middle."""
+    y, x = np.indices((side, side)) - (side - 1) / 2
+    one = frame(np.hypot(y, x)[None] <= radius)
+    return Frame(*(np.broadcast_to(part, (cells, side, side)) for part in (one.inside, one.ring)))
+
+
+def typical_radius(masks: NDArray[np.bool_]) -> float:
+    """Radius in px of a disc with the median area of (n, Y, X) masks, those without a pixel left out."""
+    areas = masks.sum((1, 2))
+    return float(np.sqrt(np.median(areas[areas > 0]) / np.pi)) if areas.any() else masks.shape[-1] / 4
 
 
 def stain_features(images: Floats, where: Frame) -> Floats:

@@ -8,10 +8,12 @@ from imgshared.evaluation.features import (
     SHAPE,
     STAIN_NAMES,
     blur,
+    central_frame,
     extent_features,
     frame,
     shape_features,
     stain_features,
+    typical_radius,
 )
 
 
@@ -27,6 +29,21 @@ def test_names_match_columns_and_all_is_finite():
     assert found.shape == (3, len(STAIN_NAMES))
     assert np.isfinite(found).all()
     assert shape_features(masks).shape == (3, len(SHAPE))
+
+
+def test_one_frame_for_all_cells_tells_nothing_of_their_outlines():
+    masks = np.stack([disc(radius) for radius in (6, 9, 10, 11, 15)])
+    picture = np.broadcast_to(gaussian_filter(disc(10).astype(np.float32), 2), masks.shape)
+    own, central = (stain_features(picture, f) for f in (frame(masks), central_frame(5, 48, typical_radius(masks))))
+    assert np.ptp(own, axis=0).max() > 0.1  # the same picture, and yet the outline shows
+    assert np.ptp(central, axis=0).max() == 0
+    assert np.allclose(central[2], own[2], rtol=1e-5, atol=1e-6)  # where the outline is the typical one
+
+
+def test_typical_radius_leaves_empty_masks_out():
+    empty = np.zeros((48, 48), bool)
+    assert np.isclose(typical_radius(np.stack([disc(8), disc(10), disc(12), empty, empty, empty])), 10, atol=0.1)
+    assert typical_radius(empty[None]) == 12
 
 
 def test_means_inside_and_outside_are_exact():
