@@ -178,6 +178,27 @@ def balanced_accuracy(groups: ArrayLike, truth: ArrayLike, predicted: ArrayLike)
     return lambda counts: np.asarray(_ratio(counts @ right, counts @ total).mean(1))
 
 
+def kappa(groups: ArrayLike, one: ArrayLike, other: ArrayLike) -> Statistic:
+    """Cohen's kappa (1960) of two answers a cell: 1 for the same, 0 for no more agreement than their frequencies bring.
+
+    0 also where one side always gives the same answer: it tells nothing, however often that answer is met.
+    """
+    a, b = np.asarray(one), np.asarray(other)
+    classes = np.unique(np.concatenate([a, b]))
+    first, second = (v[:, None] == classes for v in (a, b))
+    k = len(classes)
+    sums = _sums(groups, np.column_stack([np.ones(len(a)), a == b, first, second]))
+
+    def statistic(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+        n, same, *shares = (counts @ sums).T
+        observed = _ratio(same, n)
+        expected = _ratio((np.stack(shares[:k]) * np.stack(shares[k:])).sum(0), n * n)
+        told = expected < 1 - 1e-12
+        return np.where(told, _ratio(observed - expected, np.where(told, 1 - expected, 1)), 0.0)
+
+    return statistic
+
+
 def auroc(groups: ArrayLike, truth: ArrayLike, probabilities: ArrayLike) -> Statistic:
     """Area under the ROC curve; macro one-versus-rest where there are more than two classes. Chance is 0.5.
 

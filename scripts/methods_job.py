@@ -36,7 +36,7 @@ from imgshared.data.feed import Feed
 from imgshared.data.normalise import Normaliser
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore, StoreWriter, panel_table
-from imgshared.evaluation.agreement import Reader, Standard, feature_distance, kappa
+from imgshared.evaluation.agreement import Reader, Standard, feature_distance
 from imgshared.evaluation.features import Frame, central_frame, stain_features, typical_radius
 from imgshared.evaluation.floors import Floors
 from imgshared.prediction import load_run, predict_cells
@@ -361,7 +361,7 @@ def answers(
     return {
         "label": label,
         "cells": int(known.sum()),
-        "kappa": kappa(one, other),
+        "kappa": float(metrics.kappa(np.zeros(len(one)), one, other)(np.ones((1, 1)))[0]),
         "agreement": float((one == other).mean()),
         "accuracy_real": reader.accuracy(x, truth),
         "accuracy_predicted": reader.accuracy(y, truth),

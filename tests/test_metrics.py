@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from scipy.ndimage import gaussian_filter
-from sklearn.metrics import balanced_accuracy_score, r2_score, roc_auc_score
+from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score, r2_score, roc_auc_score
 
 from imgshared import metrics
 
@@ -116,6 +116,22 @@ def test_scores_match_independent_references():
     two = rng.integers(0, 2, n)
     both = np.column_stack([1 - scores[:, 0], scores[:, 0]])
     assert value(groups, metrics.auroc(groups, two, both)) == pytest.approx(roc_auc_score(two, both[:, 1]))
+
+
+def test_kappa_is_cohens_and_counts_drawn_groups():
+    groups, a, b = np.arange(200) % 4, rng.integers(3, size=200), rng.integers(3, size=200)
+    b = np.where(rng.random(200) < 0.5, a, b)
+    assert value(groups, metrics.kappa(groups, a, b)) == pytest.approx(cohen_kappa_score(a, b))
+    assert value(groups, metrics.kappa(groups, a, a)) == 1
+    rows = np.concatenate([np.flatnonzero(groups == g) for g, k in enumerate((2, 0, 1, 3)) for _ in range(k)])
+    drawn = metrics.kappa(groups, a, b)(np.array([[2.0, 0.0, 1.0, 3.0]]))[0]
+    assert drawn == pytest.approx(cohen_kappa_score(a[rows], b[rows]))
+
+
+def test_one_answer_for_all_is_no_agreement():
+    groups = np.zeros(9)
+    assert value(groups, metrics.kappa(groups, groups, np.r_[np.zeros(8), 1])) == 0
+    assert value(groups, metrics.kappa(groups, groups, groups)) == 0
 
 
 def test_effect_size_is_cohens_d():

@@ -159,6 +159,7 @@ class EvaluateConfig:
     # Classifiers learn in folds among the test groups ("test") or from the training groups ("train");
     # auto: in folds where there are enough test groups.
     train_on: Literal["auto", "test", "train"] = "auto"
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.05  # a loss of AUROC against the real stain that does not count
     classifiers: tuple[Literal["features", "cnn"], ...] = ("features",)
     cnn: str = "resnet10t"  # any timm model
     cnn_epochs: Count = 15

@@ -83,18 +83,6 @@ class Reader:
         return float(np.mean([(answers[truth == one] == one).mean() for one in np.unique(truth)]))
 
 
-def kappa(one: ArrayLike, other: ArrayLike) -> float:
-    """Cohen's kappa of two answers a cell: 1 for the same, 0 for no more agreement than their frequencies bring.
-
-    0 also where one side always gives the same answer: it tells nothing, however often that answer is met.
-    """
-    a, b = np.asarray(one), np.asarray(other)
-    classes = np.unique(np.concatenate([a, b]))
-    observed = float((a == b).mean())
-    expected = float(sum((a == c).mean() * (b == c).mean() for c in classes))
-    return 0.0 if expected >= 1 else (observed - expected) / (1 - expected)
-
-
 def feature_distance(real: ArrayLike, predicted: ArrayLike, standard: Standard) -> float:
     """Kernel distance (KID's) of the features of real and predicted stains; 0 for one and the same distribution."""
     return metrics.kernel_distance(standard(real), standard(predicted))

@@ -1,55 +1,84 @@
 """The classifier harness: how well is a label told from real, rebuilt and predicted stains, and from chromatin alone?
 
-For each label and protein, every input is given by the same cells (those where the protein is measured), so that the
-scores compare. With `train_on` "test", classifiers are fitted and tested in grouped folds among the held-out cells,
-which the imputer never saw; with "train", they learn from the imputer's training cells and are tested on the held-out.
+With `train_on` "test", classifiers are fitted and tested in grouped folds among the held-out cells, which the imputer
+never saw; with "train", they learn from the imputer's training cells and are tested on the held-out. The classifiers
+are those of `matrix`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from imgshared import metrics
 from imgshared.config import EvaluateConfig
 from imgshared.data.panel import Panel
-from imgshared.evaluation.cnn import cnn_probabilities
-from imgshared.evaluation.collect import INPUTS, Part
-from imgshared.evaluation.labels import Label, grouped_folds, read_label, refuse_broken_folds, refuse_shared_groups
+from imgshared.evaluation import controls
+from imgshared.evaluation.collect import Part
+from imgshared.evaluation.labels import (
+    Label,
+    grouped_folds,
+    read_label,
+    refuse_broken_folds,
+    refuse_shared_groups,
+)
+from imgshared.evaluation.matrix import ACROSS, ARROW, BOTH, WITHIN, Case, Cells, Fit, Probabilities
 from imgshared.types import InputError
 
-Cells = NDArray[np.intp]
-CONTRASTS = (("predicted", "real"), ("predicted", "chromatin"), ("shared", "real"))
+CONTRASTS = (
+    ("predicted", "real"),
+    (f"real{ARROW}predicted", "real"),
+    ("predicted", "chromatin"),
+    (BOTH, f"chromatin + {ACROSS}"),  # of the same number of features: what the prediction adds to its source
+    ("shared", "real"),
+)
+ANSWERED = {"predicted": f"real{ARROW}predicted", WITHIN: f"real{ARROW}{WITHIN}", ACROSS: f"real{ARROW}{ACROSS}"}
+
+
+@dataclass
+class Classified:
+    """What the harness found.
+
+    Parameters
+    ----------
+    scores
+        One row a label x marker x input x backend x score (``auroc``, ``balanced_accuracy``): value, low, high, cells,
+        groups, classes. What `input` may be: see `matrix`.
+    contrasts
+        AUROC of one input minus another's on the same cells (``predicted - real``, ...), with intervals.
+    agreement
+        Cohen's kappa of the answers that the classifier of real stains gives on the real and on the `predicted` (or
+        swapped) stain of the same cells, with intervals.
+    controls
+        One row a label x backend x control: `value` (AUROC), `low`, `high`, and whether it is `sound`: at chance.
+    probabilities
+        One row a cell x label x marker x input x backend: truth and ``p_<class>``.
+    notes
+        What was left out and why, in words.
+    """
+
+    scores: pd.DataFrame = field(default_factory=pd.DataFrame)
+    contrasts: pd.DataFrame = field(default_factory=pd.DataFrame)
+    agreement: pd.DataFrame = field(default_factory=pd.DataFrame)
+    controls: pd.DataFrame = field(default_factory=pd.DataFrame)
+    probabilities: pd.DataFrame = field(default_factory=pd.DataFrame)
+    notes: list[str] = field(default_factory=list)
 
 
 def classify(
     test: Part, train: Part | None, panel: Panel, config: EvaluateConfig, progress: Callable[[str], None] | None = None
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, list[str]]:
+) -> Classified:
     """Run the harness.
 
     Parameters
     ----------
     test, train
         The held-out cells, and the imputer's training cells where `config.train_on` is "train".
-
-    Returns
-    -------
-    scores
-        One row a label x marker x input x backend x score (``auroc``, ``balanced_accuracy``): value, low, high, cells,
-        groups.
-    contrasts
-        AUROC of one input minus another's on the same cells (``predicted - real``, ...), with intervals.
-    probabilities
-        One row a cell x label x marker x input x backend: truth and ``p_<class>``.
-    notes
-        What was left out and why, in words.
 
     Raises
     ------
@@ -62,9 +91,9 @@ def classify(
         for unit in {fold, config.group}:
             refuse_shared_groups(train.obs, test.obs, unit)
     groups = test.obs[config.group].astype(str).to_numpy()
-    scores: list[dict[str, Any]] = []
-    contrasts: list[dict[str, Any]] = []
-    probabilities: list[pd.DataFrame] = []
+    rows: dict[str, list[Any]] = {
+        name: [] for name in ("scores", "contrasts", "agreement", "controls", "probabilities")
+    }
     notes: list[str] = []
     for name in config.labels:
         label = read_label(test.obs, name, config.label_values)
@@ -79,34 +108,26 @@ def classify(
                 notes.append(f"{name} from {marker}: left out ({error})")
                 continue
             for backend in config.classifiers:
-                found: dict[str, NDArray[np.float64]] = {}
-                for given, x_test, x_train in _inputs(test, train, panel, marker, backend):
-                    if progress:
-                        progress(f"{name}: {marker} {given}, {backend}")
-                    found[given] = _predict(plan, x_train, x_test, label, backend, config)
-                tested = np.concatenate([t for _, _, t in plan])
+                case = Case(test, train or test, panel, marker, backend, len(label.classes), config)
                 row = {"label": name, "marker": marker, "backend": backend}
-                scores += _score(row, found, label.codes[tested], groups[tested], config)
-                contrasts += _contrast(row, found, label.codes[tested], groups[tested], config)
-                probabilities += _tables(row, found, label, test.obs.index[tested], label.codes[tested])
-    table = pd.concat(probabilities, ignore_index=True) if probabilities else pd.DataFrame()
-    return pd.DataFrame(scores), pd.DataFrame(contrasts), table, notes
-
-
-def feature_probabilities(
-    train: NDArray[np.float32], truth: Cells, test: NDArray[np.float32], classes: int, seed: int = 0
-) -> NDArray[np.float64]:
-    """Fit a standardised, ridge-penalised logistic regression with balanced classes; (m, classes) probabilities.
-
-    A linear boundary carries over to new donors better than trees do, which learn the donors' brightness.
-    """
-    model = make_pipeline(
-        StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=2000, random_state=seed)
+                found: dict[str, Probabilities] = {}
+                for learn, tests in case.routes():
+                    if progress:
+                        progress(f"{name}: {marker} {' + '.join(learn)}, {backend}")
+                    found |= case.probabilities(plan, learn, tests)
+                tested = np.concatenate([fit.test for fit in plan])
+                truth, at = np.concatenate([fit.truth for fit in plan]), groups[tested]
+                rows["scores"] += _score(row, found, truth, at, config)
+                rows["contrasts"] += _contrast(row, found, truth, at, config)
+                rows["agreement"] += _agree(row, found, at, config)
+                rows["controls"] += [{**row, "value": value} for value in controls.permute(case, plan)]
+                rows["probabilities"] += _tables(row, found, label, test.obs.index[tested], truth)
+    said = {name: pd.DataFrame(found) for name, found in rows.items() if name != "probabilities"}
+    said["controls"] = controls.judge(said["controls"], said["scores"])
+    tables = rows["probabilities"]
+    return Classified(
+        **said, probabilities=pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), notes=notes
     )
-    model.fit(np.clip(train, -1e4, 1e4), truth)
-    probabilities = np.zeros((len(test), classes))
-    probabilities[:, model.classes_] = model.predict_proba(np.clip(test, -1e4, 1e4))
-    return probabilities
 
 
 def _usable(codes: Cells, part: Part, channel: int, panel: Panel) -> NDArray[np.bool_]:
@@ -115,8 +136,8 @@ def _usable(codes: Cells, part: Part, channel: int, panel: Panel) -> NDArray[np.
 
 def _plan(
     label: Label, cells: Cells, test: Part, train: Part | None, stain: tuple[int, Panel] | None, config: EvaluateConfig
-) -> list[tuple[Cells, Cells, Cells]]:
-    """Return (rows to learn from, their classes, test rows) of each fit."""
+) -> list[Fit]:
+    """Return who is learnt from and who is tested, fit by fit."""
     present = set(label.codes[cells])
     if len(present) < 2:
         raise InputError(
@@ -126,7 +147,7 @@ def _plan(
         fold = config.fold or config.group
         units = test.obs[fold].astype(str).to_numpy()
         pairs = grouped_folds(label, cells, units, fold, config.folds, config.seed)
-        return [(learn, label.codes[learn], held) for learn, held in pairs]
+        return [Fit(learn, label.codes[learn], held, label.codes[held]) for learn, held in pairs]
     known = read_label(train.obs, label.name, label.classes)
     absent = [c for c in label.classes if c not in known.classes]
     if absent:
@@ -135,48 +156,11 @@ def _plan(
     learn = np.flatnonzero(usable)
     if set(known.codes[learn]) != set(range(len(label.classes))):
         raise InputError(f"label {label.name!r}: some class has no training cell where the marker is measured")
-    return [(learn, known.codes[learn], cells)]
-
-
-def _inputs(
-    test: Part, train: Part | None, panel: Panel, marker: str, backend: str
-) -> Iterator[tuple[str, NDArray[Any], NDArray[Any]]]:
-    """Yield (input, test values, values to learn from) of a marker."""
-    for given in INPUTS:
-        key = (panel.chromatin if given == "chromatin" else marker, given)
-        seen = test.crops if backend == "cnn" else test.features
-        learnt = seen if train is None else (train.crops if backend == "cnn" else train.features)
-        if key in seen and key in learnt:
-            yield given, seen[key], learnt[key]
-
-
-def _predict(
-    plan: list[tuple[Cells, Cells, Cells]],
-    x_train: NDArray[Any],
-    x_test: NDArray[Any],
-    label: Label,
-    backend: str,
-    config: EvaluateConfig,
-) -> NDArray[np.float64]:
-    """Class probabilities of the test rows of every fold, one after the other."""
-    k = len(label.classes)
-    if backend == "cnn":
-        kind = {"model": config.cnn, "epochs": config.cnn_epochs}
-        found = [
-            cnn_probabilities(x_train[a, None], y, x_test[b, None], k, seed=config.seed, **kind)  # type: ignore[arg-type]
-            for a, y, b in plan
-        ]
-    else:
-        found = [feature_probabilities(x_train[a], y, x_test[b], k, config.seed) for a, y, b in plan]
-    return np.concatenate(found)
+    return [Fit(learn, known.codes[learn], cells, label.codes[cells])]
 
 
 def _score(
-    row: dict[str, Any],
-    found: dict[str, NDArray[np.float64]],
-    truth: Cells,
-    groups: NDArray[Any],
-    config: EvaluateConfig,
+    row: dict[str, Any], found: dict[str, Probabilities], truth: Cells, groups: NDArray[Any], config: EvaluateConfig
 ) -> list[dict[str, Any]]:
     rows = []
     for given, p in found.items():
@@ -192,11 +176,7 @@ def _score(
 
 
 def _contrast(
-    row: dict[str, Any],
-    found: dict[str, NDArray[np.float64]],
-    truth: Cells,
-    groups: NDArray[Any],
-    config: EvaluateConfig,
+    row: dict[str, Any], found: dict[str, Probabilities], truth: Cells, groups: NDArray[Any], config: EvaluateConfig
 ) -> list[dict[str, Any]]:
     """Paired: both inputs are scored on the same drawn groups."""
     rows = []
@@ -208,8 +188,19 @@ def _contrast(
     return rows
 
 
+def _agree(
+    row: dict[str, Any], found: dict[str, Probabilities], groups: NDArray[Any], config: EvaluateConfig
+) -> list[dict[str, Any]]:
+    real = found["real"].argmax(1)
+    return [
+        {**row, "prediction": given, **metrics.estimate(
+            groups, metrics.kappa(groups, real, found[name].argmax(1)), config.bootstrap, config.seed)._asdict()}
+        for given, name in ANSWERED.items() if name in found
+    ]  # fmt: skip
+
+
 def _tables(
-    row: dict[str, Any], found: dict[str, NDArray[np.float64]], label: Label, cell_ids: pd.Index[Any], truth: Cells
+    row: dict[str, Any], found: dict[str, Probabilities], label: Label, cell_ids: pd.Index[Any], truth: Cells
 ) -> Iterator[pd.DataFrame]:
     for given, p in found.items():
         columns = {f"p_{c}": p[:, k] for k, c in enumerate(label.classes)}

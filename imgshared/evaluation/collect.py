@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore
 from imgshared.evaluation import fidelity
-from imgshared.evaluation.features import extent_features, frame, shape_features, stain_features
+from imgshared.evaluation.features import central_frame, extent_features, frame, shape_features, stain_features
 from imgshared.evaluation.floors import Floors
 from imgshared.prediction.types import PredictedCells
 
 BLOCK = 512  # cells predicted at a time
 COMPARED = ("real", "predicted")  # whose morphology is compared
-INPUTS = ("real", "full", "shared", "predicted", "chromatin")  # what a classifier may see of a marker
+SEEN = ("real", "full", "shared", "predicted")  # pictures of a marker that a classifier may see
+MEAN = "marker mean"
 
 Predict = Callable[..., PredictedCells]
 Progress = Callable[[str, int, int], None]
@@ -38,10 +39,10 @@ class Part:
     measured
         (n, C) bool.
     features
-        (n, F) by (marker, input); the input ``chromatin`` stands under the chromatin marker and holds the nuclear
-        shape too. Zero rows where the marker is not measured.
-    extent
-        (n, 4) by (marker, input), of real and predicted stains: `features.EXTENT_NAMES`.
+        (n, F) by (marker, input), what classifiers learn from, in one frame for all cells; the input ``chromatin``
+        stands under the chromatin marker and holds the nuclear shape too. Zero rows where the marker is not measured.
+    morphology
+        (n, F) by (marker, input), of real and predicted stains about each cell's own outline: `morphology.NAMES`.
     crops
         (n, Y, X) float16 by (marker, input), only where a network is to read them.
     latents
@@ -54,7 +55,7 @@ class Part:
     obs: pd.DataFrame
     measured: NDArray[np.bool_]
     features: dict[tuple[str, str], NDArray[np.float32]] = field(default_factory=dict)
-    extent: dict[tuple[str, str], NDArray[np.float32]] = field(default_factory=dict)
+    morphology: dict[tuple[str, str], NDArray[np.float32]] = field(default_factory=dict)
     crops: dict[tuple[str, str], NDArray[np.float16]] = field(default_factory=dict)
     latents: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     fidelity: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -68,7 +69,7 @@ def collect(
     *,
     fit: Floors | None = None,
     against: Floors | None = None,
-    features: bool = False,
+    features: float | None = None,
     crops: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Part:
@@ -81,14 +82,15 @@ def collect(
     fit
         Floors that take these (training) cells in.
     against
-        Fitted floors to compare these (test) cells with; fills `Part.fidelity`, and the features and extent of real and
-        predicted stains.
-    features, crops
-        Whether to keep the features, the pictures of every input.
+        Fitted floors to compare these (test) cells with; fills `Part.fidelity` and `Part.morphology`.
+    features
+        Radius in px of the frame in which the features of every input are measured; None: no features.
+    crops
+        Whether to keep the pictures of every input.
     """
     part = Part(cells, store.obs.iloc[cells], np.zeros((len(cells), len(panel)), bool))
     tables = []
-    rebuilt = features or crops or against is not None
+    rebuilt = features is not None or crops or against is not None
     for start, block in _blocks(cells):
         done = predict(block, full=rebuilt, shared=rebuilt)
         rows = slice(start, start + len(block))
@@ -99,8 +101,9 @@ def collect(
         if against is not None:
             tables.append(fidelity.compare(done, panel.markers, panel.chromatin_index, against))
             tables[-1]["position"] += start
-        if features or against is not None:
-            _keep_features(part, done, rows, panel, INPUTS if features else COMPARED, extent=against is not None)
+            _keep_morphology(part, done, rows, panel)
+        if features is not None:
+            _keep_features(part, done, rows, panel, features)
         if crops:
             for key, images in _inputs(done, panel):
                 _rows(part.crops, key, len(cells), images.shape[1:], np.float16)[rows] = images
@@ -108,6 +111,9 @@ def collect(
             progress(rows.stop, len(cells))
     if tables:
         part.fidelity = pd.concat(tables, ignore_index=True)
+    floors = fit or against
+    if floors is not None and features is not None:
+        _keep_means(part, panel, floors, features)
     return part
 
 
@@ -122,26 +128,36 @@ def _inputs(done: PredictedCells, panel: Panel) -> Iterator[tuple[tuple[str, str
     for marker in panel.proteins:
         channel = panel.index(marker)
         if done.measured[:, channel].any():
-            for name in INPUTS[:-1]:
+            for name in SEEN:
                 images = done.real if name == "real" else done.images.get(name)
                 if images is not None:
                     yield (marker, name), images[:, channel]
 
 
-def _keep_features(
-    part: Part, done: PredictedCells, rows: slice, panel: Panel, wanted: tuple[str, ...], *, extent: bool
-) -> None:
+def _keep_morphology(part: Part, done: PredictedCells, rows: slice, panel: Panel) -> None:
     where = frame(done.masks)
     for key, images in _inputs(done, panel):
-        if key[1] not in wanted:
-            continue
+        if key[1] in COMPARED:
+            values = np.hstack([stain_features(images, where), extent_features(images, where)])
+            _rows(part.morphology, key, len(part.cells), values.shape[1:], np.float32)[rows] = values
+
+
+def _keep_features(part: Part, done: PredictedCells, rows: slice, panel: Panel, radius: float) -> None:
+    where = central_frame(len(done.cells), done.real.shape[-1], radius)
+    for key, images in _inputs(done, panel):
         values = stain_features(images, where)
         if key[1] == "chromatin":
             values = np.hstack([values, shape_features(done.masks)])
         _rows(part.features, key, len(part.cells), values.shape[1:], np.float32)[rows] = values
-        if extent and key[1] in COMPARED:
-            values = extent_features(images, where)
-            _rows(part.extent, key, len(part.cells), values.shape[1:], np.float32)[rows] = values
+
+
+def _keep_means(part: Part, panel: Panel, floors: Floors, radius: float) -> None:
+    """Give every cell the mean training picture of each marker: what must tell nothing."""
+    for marker in panel.proteins:
+        if floors.known(panel.index(marker)):
+            picture = floors.marker_mean(panel.index(marker))[None]
+            values = stain_features(picture, central_frame(1, picture.shape[-1], radius))
+            part.features[marker, MEAN] = np.broadcast_to(values, (len(part.cells), values.shape[1]))
 
 
 def _keep_latents(part: Part, done: PredictedCells, rows: slice) -> None:

@@ -21,7 +21,8 @@ from imgshared.data.split import column
 from imgshared.data.store import CellStore
 from imgshared.evaluation import fidelity, morphology, verdict
 from imgshared.evaluation.classify import classify
-from imgshared.evaluation.collect import INPUTS, Part, Predict, Progress, collect
+from imgshared.evaluation.collect import Part, Predict, Progress, collect
+from imgshared.evaluation.features import typical_radius
 from imgshared.evaluation.floors import Floors
 from imgshared.evaluation.labels import (
     check_values,
@@ -31,6 +32,7 @@ from imgshared.evaluation.labels import (
     refuse_broken_folds,
     refuse_shared_groups,
 )
+from imgshared.evaluation.matrix import MATRIX
 from imgshared.evaluation.probes import probe
 from imgshared.evaluation.report import Shown, write_report
 from imgshared.prediction import Run, predict_cells
@@ -57,10 +59,10 @@ class Evaluation:
     features, effects, conditions
         See `morphology.correlate` and `morphology.differ`: features of predicted against real stains, and the
         differences between the classes of each label in them.
-    classifiers, contrasts, probabilities
-        See `classify.classify`.
+    classifiers, contrasts, agreement, controls, probabilities
+        See `classify.Classified`.
     labels
-        Verdict on each label and protein.
+        Verdict on each label and protein: `verdict.judge_labels`.
     probes
         See `probes.probe`.
     summary
@@ -80,6 +82,8 @@ class Evaluation:
     conditions: pd.DataFrame
     classifiers: pd.DataFrame
     contrasts: pd.DataFrame
+    agreement: pd.DataFrame
+    controls: pd.DataFrame
     probabilities: pd.DataFrame
     labels: pd.DataFrame
     probes: pd.DataFrame
@@ -134,14 +138,15 @@ def evaluate(
     make = partial(_predict, partial(predict, run, store), bound)
     floors = Floors(len(panel), panel.chromatin_index, seed=config.seed)
     gather = partial(collect, make, store, panel)
+    radius = typical_radius(store.masks(train_cells)) if by_features else None
     train = gather(
         train_cells,
         fit=floors,
-        features=by_features and on_train,
+        features=radius if on_train else None,
         crops=cnn and on_train,
         progress=partial(say, "training cells"),
     )
-    test = gather(test_cells, against=floors, features=by_features, crops=cnn, progress=partial(say, "held-out cells"))
+    test = gather(test_cells, against=floors, features=radius, crops=cnn, progress=partial(say, "held-out cells"))
     if test.fidelity.empty:
         raise InputError(f"{store.path}: no protein of the model is measured in any held-out cell: nothing to judge")
     test.fidelity["group"] = test.obs[config.group].astype(str).to_numpy()[test.fidelity["position"].to_numpy(int)]
@@ -151,20 +156,21 @@ def evaluate(
     stains = verdict.judge_stains(fidelity.against_floors(test.fidelity, **boot))
     say("cell features", 0, 1)
     features, effects, conditions = _measure(test, panel, config)
-    fits = len(config.labels) * len(panel.proteins) * len(config.classifiers) * len(INPUTS)
-    scores, contrasts, probabilities, notes = classify(
-        test, train if on_train else None, panel, config, _counter(say, "classifiers", fits)
-    )
+    fits = len(config.labels) * len(panel.proteins) * len(config.classifiers) * len(MATRIX)
+    told = classify(test, train if on_train else None, panel, config, _counter(say, "classifiers", fits))
+    notes = verdict.unsound(told.controls) + told.notes
     targets = (len(config.labels) + len(config.factors)) * len(test.latents)
     probes = probe(train, test, config, _counter(say, "latent probes", targets))
-    labels = verdict.judge_labels(scores, contrasts)
+    labels = verdict.judge_labels(told.scores, told.contrasts, config.margin)
     tables = {
         "fidelity": fidelity.summarise(test.fidelity, **boot),
         "groups": fidelity.by_group(test.fidelity),
         "stains": stains,
         "conditions": conditions,
-        "classifiers": scores,
-        "contrasts": contrasts,
+        "classifiers": told.scores,
+        "contrasts": told.contrasts,
+        "agreement": told.agreement,
+        "controls": told.controls,
         "labels": labels,
         "probes": probes,
     }
@@ -202,13 +208,19 @@ def evaluate(
     for name, table in {"cells": cells, **measured}.items():
         if len(table):
             _write(out / f"{name}.csv", partial(table.to_csv, index=False, float_format="%.5g"))
-    if len(probabilities):
-        _write(out / "probabilities.parquet", lambda path: probabilities.to_parquet(path, index=False))
+    if len(told.probabilities):
+        _write(out / "probabilities.parquet", lambda path: told.probabilities.to_parquet(path, index=False))
     # The last one: where it stands, the others do.
     _write(out / "metrics.json", lambda path: path.write_text(json.dumps(plain, indent=1) + "\n"))
     say("report", 1, 1)
     return Evaluation(
-        **tables, **measured, cells=cells, probabilities=probabilities, summary=summary, report=report, metrics=plain
+        **tables,
+        **measured,
+        cells=cells,
+        probabilities=told.probabilities,
+        summary=summary,
+        report=report,
+        metrics=plain,
     )
 
 

@@ -65,7 +65,8 @@ def central_frame(cells: int, side: int, radius: float) -> Frame:
     """Lay the same coordinates for so many cells, (cells, side, side): a disc of `radius` px in the crop's middle."""
     y, x = np.indices((side, side)) - (side - 1) / 2
     one = frame(np.hypot(y, x)[None] <= radius)
-    return Frame(*(np.broadcast_to(part, (cells, side, side)) for part in (one.inside, one.ring)))
+    shape = cells, side, side
+    return Frame(np.broadcast_to(one.inside, shape), np.broadcast_to(one.ring, shape))
 
 
 def typical_radius(masks: NDArray[np.bool_]) -> float:

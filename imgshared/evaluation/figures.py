@@ -23,6 +23,7 @@ COLOURS = {
     "shared": PINK,
     "predicted": BLUE,
     "chromatin": YELLOW,
+    "chromatin + predicted": SKY,
     "linear": ORANGE,
     "marker_mean": "#9aa1ad",
 }
@@ -32,6 +33,14 @@ SAID = {
     "shared": "shared reconstruction",
     "predicted": "predicted from chromatin",
     "chromatin": "chromatin alone",
+    "chromatin + predicted": "chromatin and predicted",
+    "real → predicted": "learnt from real, tested on predicted",
+    "predicted → real": "learnt from predicted, tested on real",
+    "real → swapped within label": "learnt from real, tested on a prediction of the same class",
+    "real → swapped": "learnt from real, tested on any cell's prediction",
+    "chromatin + swapped within label": "chromatin and a prediction of the same class",
+    "chromatin + swapped": "chromatin and any cell's prediction",
+    "marker mean": "control: the mean picture of the stain",
     "linear": "floor: linear on blurred chromatin",
     "marker_mean": "floor: mean picture of the marker",
 }

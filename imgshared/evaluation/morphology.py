@@ -106,10 +106,7 @@ def _pairs(part: Part, panel: Panel) -> Iterator[tuple[str, NDArray[np.intp], ND
     for marker in panel.proteins:
         cells = np.flatnonzero(part.measured[:, panel.index(marker)] & part.measured[:, panel.chromatin_index])
         if len(cells):
-            real, predicted = (
-                np.hstack([part.features[marker, given][cells], part.extent[marker, given][cells]])
-                for given in COMPARED
-            )
+            real, predicted = (part.morphology[marker, given][cells] for given in COMPARED)
             yield marker, cells, real, predicted
 
 

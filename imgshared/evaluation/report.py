@@ -18,6 +18,8 @@ from imgshared.data.store import CellStore
 from imgshared.evaluation import figures, tables
 from imgshared.evaluation.collect import Part, Predict
 from imgshared.evaluation.figures import Example
+from imgshared.evaluation.matrix import BOTH
+from imgshared.evaluation.verdict import ABSENT, CLEARS, NOT_INFERIOR
 from imgshared.prediction import Run
 from imgshared.training.log import read_metrics
 
@@ -67,6 +69,9 @@ def write_report(shown: Shown, predict: Predict, path: Path) -> Path:
         effects=_effects(found["effects"]),
         label_forests=_label_forests(shown),
         classifiers=tables.classifier_table(found["classifiers"]),
+        agreement=tables.agreement_table(found["agreement"]),
+        controls=tables.control_table(found["controls"]),
+        margin=shown.config.margin,
         train_on=shown.config.train_on,
         folds=shown.config.folds,
         fold=shown.config.fold or shown.config.group,
@@ -104,7 +109,7 @@ def _label_forests(shown: Shown) -> list[tuple[str, str]]:
     if table.empty:
         return []
     table = table[table["score"] == "auroc"]
-    order = ["real", "full", "shared", "predicted", "chromatin"]
+    order = ["real", "full", "shared", "predicted", "chromatin", BOTH]
     drawn = []
     for (label, backend), part in table.groupby(["label", "backend"], sort=False):
         rows = [(str(m), _points(one, "input", order)) for m, one in part.groupby("marker", sort=False)]
@@ -185,16 +190,14 @@ def _maps(shown: Shown) -> str | None:
 
 def _cards(shown: Shown) -> list[tuple[str, str]]:
     stains = shown.tables["stains"]
-    clears = int((stains["verdict"] == "clears both floors").sum()) if len(stains) else 0
+    clears = int((stains["verdict"] == CLEARS).sum()) if len(stains) else 0
     groups = shown.test.obs[shown.config.group].nunique()
     cards = [(f"{clears} of {len(stains)}", "predicted stains clear both floors")]
     labels = shown.tables["labels"]
     if len(labels):
-        told = labels[labels["verdict"] != "not in the real stain"]
-        kept = int((told["verdict"] == "kept").sum())
-        cards.append(
-            (f"{kept} of {len(told)}", "label-and-stain pairs that real stains tell are kept by predicted ones")
-        )
+        told = labels[labels["verdict"] != ABSENT]
+        kept = int((told["verdict"] == NOT_INFERIOR).sum())
+        cards.append((f"{kept} of {len(told)}", "pairs of label and stain are told not inferior to the real stain"))
     cards.append((f"{shown.used['test']:,}", f"held-out cells of {groups} {'group' if groups == 1 else 'groups'}"))
     return cards
 

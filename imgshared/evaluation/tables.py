@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from imgshared.evaluation.figures import SAID
+from imgshared.evaluation.verdict import GAPS
 
 SCORES = {  # column: heading
     "pearson": "Pearson r, per cell",
@@ -75,27 +76,43 @@ def stain_table(stains: pd.DataFrame) -> Table:
 
 
 def label_table(table: pd.DataFrame) -> Table | None:
-    """What each input tells of each label, with the verdict on the prediction; None without labels."""
+    """The verdict on each label and stain with its numbers; None without labels."""
     if table.empty:
         return None
-    chips = {"kept": "good", "partly kept": "plain", "lost": "bad", "not in the real stain": "faint"}
-    inputs = [i for i in ("real", "full", "shared", "predicted", "chromatin") if i in table]
-    head = ["label", "stain", "classifier", "in the prediction", *(SAID[i] for i in inputs)]
-    rows = [
-        [
-            *(_text(r[c]) for c in ("label", "marker", "backend")),
-            Cell(
-                r["verdict"],
-                "more than chromatin" if r["beyond_chromatin"] else "",
-                r["verdict"],
-                None,
-                chips[r["verdict"]],
-            ),
-            *(_number(r[i]) for i in inputs),
-        ]
-        for r in table.to_dict("records")
-    ]
+    chips = {"not inferior": "good", "not shown": "plain", "inferior": "bad", "lost": "bad"}
+    head = ["label", "stain", "classifier", "predicted against real", "real", "predicted", "predicted − real",
+            "against chromatin", "added to chromatin", "in words"]  # fmt: skip
+    rows = []
+    for r in table.to_dict("records"):
+        cells = [_text(r[c]) for c in ("label", "marker", "backend")]
+        cells += [_text(r["verdict"], chips.get(r["verdict"], "faint")), _number(r["real"]), _number(r["predicted"])]
+        cells += [_value({"value": r[n], "low": r[f"{n}_low"], "high": r[f"{n}_high"]}) for n in GAPS]
+        rows.append([*cells, _text(r["words"])])
     return head, rows
+
+
+def agreement_table(table: pd.DataFrame) -> Table | None:
+    """Kappa of the answers to real and to predicted stains, a row a label, stain and backend; None without labels."""
+    if table.empty:
+        return None
+    kinds = list(dict.fromkeys(table["prediction"]))
+    rows = []
+    for keys, part in table.groupby(["label", "marker", "backend"], sort=False):
+        found = {r["prediction"]: r for r in part.to_dict("records")}
+        rows.append([*(_text(k) for k in keys), *(_value(found[k], heat=(0.0, 1.0)) for k in kinds)])
+    return ["label", "stain", "classifier", *kinds], rows
+
+
+def control_table(table: pd.DataFrame) -> Table | None:
+    """The controls of each label; None without labels."""
+    if table.empty:
+        return None
+    rows = [
+        [*(_text(r[c]) for c in ("label", "backend", "control")), _value(r),
+         _text("as it should" if r["sound"] else "UNSOUND", "good" if r["sound"] else "bad")]
+        for r in table.to_dict("records")
+    ]  # fmt: skip
+    return ["label", "classifier", "control", "AUROC", "at chance"], rows
 
 
 def fidelity_table(fidelity: pd.DataFrame) -> Table:

@@ -8,12 +8,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from imgshared import metrics
 from imgshared.evaluation.fidelity import FLOORS
+from imgshared.evaluation.matrix import ACROSS, BOTH
 
-MARGIN = 0.05  # AUROC: a loss smaller than this is not held against a prediction
+SUSPECT = 0.05  # AUROC more than its source: a second look is due
 TOLD = 0.6  # AUROC below which a label does not count as told, however narrow the interval
 CLEARS, UNCLEAR, BELOW = "clears both floors", "not clearly", "below a floor"
-KEPT, PARTLY, LOST, ABSENT = "kept", "partly kept", "lost", "not in the real stain"
+NOT_INFERIOR, UNCLEAR_LABEL, INFERIOR = "not inferior", "not shown", "inferior"
+LOST, ABSENT = "lost", "not in the real stain"
+BETTER, NO_BETTER, WORSE = "better", "no better", "worse"
+GAPS = {
+    "gap": "predicted - real",
+    "gap_chromatin": "predicted - chromatin",
+    "gap_added": f"{BOTH} - chromatin + {ACROSS}",
+}
+SAID_OF = {
+    NOT_INFERIOR: "Predicted stains that tell it not inferior to the real ones:",
+    UNCLEAR_LABEL: "That tell it, perhaps less well:",
+    INFERIOR: "That tell it worse:",
+    LOST: "That have lost it:",
+}
 
 
 def judge_stains(gains: pd.DataFrame) -> pd.DataFrame:
@@ -28,34 +43,40 @@ def judge_stains(gains: pd.DataFrame) -> pd.DataFrame:
     return gains.assign(verdict=verdicts)
 
 
-def judge_labels(scores: pd.DataFrame, contrasts: pd.DataFrame) -> pd.DataFrame:
-    """One row a label x marker x backend: AUROC of `real`, `predicted`, `chromatin`, and a verdict.
+def judge_labels(scores: pd.DataFrame, contrasts: pd.DataFrame, margin: float) -> pd.DataFrame:
+    """Judge each label x marker x backend by AUROC on the same cells of unseen groups.
 
-    ``kept``: the prediction tells the label, and the interval of its loss of AUROC stays below 0.05: non-inferior;
-    ``partly kept``: it tells the label, worse or not certainly as well;
-    ``lost``: the real stain tells it, the prediction does not;
-    ``not in the real stain``. `beyond_chromatin` marks a prediction that tells clearly more than the chromatin it was
-    made from, which asks for a second look.
+    Parameters
+    ----------
+    margin
+        A loss of AUROC against the real stain that does not count.
+
+    Returns
+    -------
+    `verdict`: ``not inferior`` (the prediction tells the label, and the whole interval of its gap to real lies above
+    minus the margin), ``inferior`` (the whole interval below), ``not shown`` (neither), ``lost`` (the real stain tells
+    the label, the prediction does not), ``not in the real stain``.
+    `over_chromatin`: the prediction against the chromatin it was made from, ``better``, ``no better``, ``worse`` by the
+    interval of the gap. `adds`: whether it tells something beside chromatin that another cell's prediction does not.
+    `gap`, `gap_chromatin`, `gap_added` with `_low` and `_high`; the AUROC of every input; all of it in `words`.
     """
     rows = []
     if scores.empty:
         return pd.DataFrame()
+    keys = ["label", "marker", "backend"]
     auroc = scores[scores["score"] == "auroc"]
-    for (label, marker, backend), part in auroc.groupby(["label", "marker", "backend"], sort=False):
-        by_input = {r["input"]: r for r in part.to_dict("records")}
-        here = (contrasts["label"] == label) & (contrasts["marker"] == marker) & (contrasts["backend"] == backend)
-        gaps = {r["contrast"]: r for r in contrasts[here].to_dict("records")}
-        told = {name: _told(r) for name, r in by_input.items()}
-        gap, over = gaps["predicted - real"], gaps["predicted - chromatin"]
-        if not told["real"]:
-            verdict = ABSENT
-        elif not told["predicted"]:
-            verdict = LOST
-        else:
-            verdict = KEPT if _or(gap["low"], gap["value"]) > -MARGIN else PARTLY
-        values = {name: r["value"] for name, r in by_input.items()}
-        beyond = bool(_or(over["low"], over["value"]) > MARGIN)
-        row = {"label": label, "marker": marker, "backend": backend, "verdict": verdict, "beyond_chromatin": beyond}
+    gaps_of = {key: part.set_index("contrast") for key, part in contrasts.groupby(keys, sort=False)}
+    for key, part in auroc.groupby(keys, sort=False):
+        values = dict(zip(part["input"], part["value"], strict=True))
+        told = {r["input"]: _told(r) for r in part.to_dict("records")}
+        gap, over, added = (_gap(gaps_of[key], name) for name in GAPS.values())
+        row = dict(zip(keys, key, strict=True))
+        row["verdict"] = _against_real(told["real"], told["predicted"], gap, margin)
+        row["over_chromatin"] = {1: BETTER, 0: NO_BETTER, -1: WORSE}[_side(over)]
+        row["adds"] = _side(added) > 0
+        row["words"] = _words(row, values, gap, over, added, margin)
+        for name, value in zip(GAPS, (gap, over, added), strict=True):
+            row |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
         rows.append({**row, **values})
     return pd.DataFrame(rows)
 
@@ -78,14 +99,14 @@ def sentences(stains: pd.DataFrame, labels: pd.DataFrame, chromatin: str) -> lis
         best = part.sort_values("real").iloc[-1]
         text = f"{label} ({backend}): the real stain that tells it best is {best['marker']} (AUROC {best['real']:.2f})."
         text += f" {chromatin} alone reaches {part['chromatin'].max():.2f}." if "chromatin" in part else ""
-        for verdict, words in ((KEPT, "kept by predicted"), (PARTLY, "partly kept by"), (LOST, "lost in predicted")):
+        for verdict, words in SAID_OF.items():
             found = part[part["verdict"] == verdict]
             if len(found):
                 each = [f"{r['marker']} ({r['predicted']:.2f} of {r['real']:.2f})" for r in found.to_dict("records")]
-                text += f" It is {words} {_list(each)}."
+                text += f" {words} {_list(each)}."
         if (part["verdict"] == ABSENT).all():
             text += " No real stain tells it on unseen groups."
-        over = list(part.loc[part["beyond_chromatin"], "marker"])
+        over = list(part.loc[part["gap_chromatin_low"].fillna(part["gap_chromatin"]) > SUSPECT, "marker"])
         if over:
             text += (
                 f" Predicted {_list(over)} tells clearly more than the chromatin crops that it was made from: "
@@ -93,6 +114,16 @@ def sentences(stains: pd.DataFrame, labels: pd.DataFrame, chromatin: str) -> lis
             )
         said.append(text)
     return said
+
+
+def unsound(controls: pd.DataFrame) -> list[str]:
+    """Say which controls did not come out as they must."""
+    failed = controls[~controls["sound"]] if len(controls) else controls
+    return [
+        f"THIS STUDY IS UNSOUND for {r['label']} ({r['backend']}): {r['control']} must be at chance and reaches AUROC "
+        f"{r['value']:.2f}{_interval(metrics.Estimate(r['value'], r['low'], r['high']))}; do not use its verdicts"
+        for r in failed.to_dict("records")
+    ]
 
 
 def differences(conditions: pd.DataFrame) -> list[str]:
@@ -111,6 +142,59 @@ def differences(conditions: pd.DataFrame) -> list[str]:
             text += f" {turned} differ the other way round, {alone} in predicted cells alone: do not report those."
         said.append(text)
     return said
+
+
+def _gap(gaps: pd.DataFrame, name: str) -> metrics.Estimate:
+    return metrics.Estimate(*gaps.loc[name, ["value", "low", "high"]].astype(float))
+
+
+def _side(gap: metrics.Estimate) -> int:
+    """Return 1 where a gap lies above zero, -1 below, 0 where its interval holds zero."""
+    return int(_or(gap.low, gap.value) > 0) - int(_or(gap.high, gap.value) < 0)
+
+
+def _against_real(real: bool, predicted: bool, gap: metrics.Estimate, margin: float) -> str:
+    if not real:
+        return ABSENT
+    if not predicted:
+        return LOST
+    if _or(gap.low, gap.value) > -margin:
+        return NOT_INFERIOR
+    return INFERIOR if _or(gap.high, gap.value) < -margin else UNCLEAR_LABEL
+
+
+def _words(
+    row: dict[str, Any],
+    auroc: dict[str, float],
+    gap: metrics.Estimate,
+    over: metrics.Estimate,
+    added: metrics.Estimate,
+    margin: float,
+) -> str:
+    """Put a verdict in words, with its numbers."""
+    label, marker, verdict = row["label"], row["marker"], row["verdict"]
+    if verdict == ABSENT:
+        return f"Real {marker} does not tell {label} on unseen groups (AUROC {auroc['real']:.2f}): nothing to keep."
+    numbers = f"AUROC {auroc['predicted']:.2f} against {auroc['real']:.2f}, {_signed(gap.value)}{_interval(gap)}"
+    first = {
+        NOT_INFERIOR: f"Predicted {marker} tells {label} not inferior to the real stain within {margin:g} ({numbers}).",
+        UNCLEAR_LABEL: f"Whether predicted {marker} tells {label} as well as the real stain within {margin:g} is not "
+        f"shown ({numbers}).",
+        INFERIOR: f"Predicted {marker} tells {label} worse than the real stain by more than {margin:g} ({numbers}).",
+        LOST: f"Predicted {marker} does not tell {label}, the real stain does ({numbers}).",
+    }[verdict]
+    second = {BETTER: "better than", NO_BETTER: "no better than", WORSE: "worse than"}[row["over_chromatin"]]
+    second = f"It is {second} chromatin alone ({_signed(over.value)}{_interval(over)})"
+    third = "adds to it" if row["adds"] else "is not shown to add to it"
+    return f"{first} {second} and {third} ({_signed(added.value)}{_interval(added)})."
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _interval(value: metrics.Estimate) -> str:
+    return "" if np.isnan(value.low) else f" [{_signed(value.low)}, {_signed(value.high)}]"
 
 
 def _told(row: Any) -> bool:

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score
+from sklearn.metrics import balanced_accuracy_score
 
-from imgshared.evaluation.agreement import CLIP, Reader, Standard, feature_distance, kappa
+from imgshared.evaluation.agreement import CLIP, Reader, Standard, feature_distance
 
 rng = np.random.default_rng(0)
 
@@ -35,18 +35,6 @@ def test_a_reader_reads_what_is_planted(classes):
     blind = test.copy()
     blind[:, 0] = test[:, 0].mean()
     assert reader.accuracy(standard(blind), names) < 1 / classes + 0.2
-
-
-def test_kappa_is_cohens():
-    a, b = rng.integers(3, size=200), rng.integers(3, size=200)
-    b = np.where(rng.random(200) < 0.5, a, b)
-    assert kappa(a, b) == pytest.approx(cohen_kappa_score(a, b))
-    assert kappa(a, a) == 1
-
-
-def test_one_answer_for_all_is_no_agreement():
-    assert kappa(np.zeros(9), np.r_[np.zeros(8), 1]) == 0
-    assert kappa(np.zeros(9), np.zeros(9)) == 0
 
 
 def test_features_of_one_distribution_are_no_distance_apart():

@@ -44,7 +44,7 @@ def test_evaluation_of_planted_signals(done, tmp_path, world, run):
     assert verdicts["switch", "Foci"] == "lost"
     assert verdicts["switch", "Rim"] == "not in the real stain"
     assert "is not the store that trained the model" in done.report.read_text()
-    assert verdicts["drug", "Rim"] == "kept"
+    assert verdicts["drug", "Rim"] == "not inferior"
 
     # Every input is given by the same cells: those with Foci.
     counts = done.classifiers.query("label == 'switch' and marker == 'Foci'")["cells"].unique()

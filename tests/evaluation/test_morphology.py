@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 from imgshared.data.panel import Panel
 from imgshared.evaluation import morphology
 from imgshared.evaluation.collect import Part
-from imgshared.evaluation.features import EXTENT_NAMES, STAIN_NAMES
+from imgshared.evaluation.features import EXTENT_NAMES
 from imgshared.evaluation.labels import read_label
 
 PANEL = Panel(("DNA", "P"), "DNA")
@@ -24,11 +24,8 @@ def part(change, seed=0, label=None):
     change(real, predicted, drug)
     names = label if label is not None else np.where(drug, "treated", "control")
     obs = pd.DataFrame({"drug": names, "group": GROUPS.astype(str)})
-    k = len(STAIN_NAMES)
-    both = {"real": real, "predicted": predicted}
-    features = {("P", name): x[:, :k] for name, x in both.items()}
-    extent = {("P", name): x[:, k:] for name, x in both.items()}
-    return Part(np.arange(N), obs, np.ones((N, 2), bool), features, extent)
+    both = {("P", "real"): real, ("P", "predicted"): predicted}
+    return Part(np.arange(N), obs, np.ones((N, 2), bool), morphology=both)
 
 
 def differ(found):
@@ -57,7 +54,7 @@ def test_correlations_are_of_measured_cells_and_constants_have_none():
     assert list(table.index) == list(morphology.NAMES)
     assert set(table["cells"]) == {N // 2}
     rows = np.arange(N) % 4 > 1
-    x, y = (found.features["P", name][rows, 0] for name in ("real", "predicted"))
+    x, y = (found.morphology["P", name][rows, 0] for name in ("real", "predicted"))
     assert table.loc[morphology.NAMES[0], "value"] == pytest.approx(spearmanr(x, y).statistic)
     assert table.loc[morphology.NAMES[0], "low"] > 0.7
     assert np.isnan(table.loc[morphology.NAMES[1], "value"])

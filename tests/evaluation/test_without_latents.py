@@ -26,7 +26,9 @@ def test_a_method_without_latents_is_judged(
     found = evaluate(run, toy, tmp_path / "out", EvaluateConfig(labels=("label",), factors=("size",), bootstrap=100))
     assert set(found.fidelity["prediction"]) == {"predicted", "linear", "marker_mean"}
     assert set(found.fidelity["marker"]) == {"P1", "P2"}
-    assert set(found.classifiers["input"]) == {"real", "predicted", "chromatin"}
+    inputs = set(found.classifiers["input"])
+    assert inputs >= {"real", "predicted", "chromatin", "chromatin + predicted", "real → predicted", "marker mean"}
+    assert not inputs & {"full", "shared"}
     assert found.probes.empty
     assert found.metrics["probes"] == []
     html = (tmp_path / "out" / "report.html").read_text()

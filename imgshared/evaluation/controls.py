@@ -1,0 +1,74 @@
+"""Controls of the classifier harness: what must be at chance, or the study is unsound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+
+from imgshared import metrics
+from imgshared.evaluation.collect import MEAN, Part
+from imgshared.evaluation.labels import permuted
+from imgshared.evaluation.matrix import Case, Cells, Fit
+
+COUNT = {"features": 10, "cnn": 1}  # times that labels are permuted, for each stain
+PERMUTATION = "labels permuted across groups"
+CHANCE = 0.05  # AUROC above 0.5 that a control may reach
+
+
+def permute(case: Case, plan: Sequence[Fit]) -> Iterator[float]:
+    """Yield the AUROC of classifiers that learn permuted labels from real stains and are tested on permuted labels."""
+    count, seed = COUNT[case.backend], case.config.seed
+    rows, truth = (np.concatenate([getattr(fit, name) for fit in plan]) for name in ("test", "truth"))
+    tested = _trade(case, case.held, rows, truth, count, seed)
+    learnt = None
+    if case.learnt is not case.held:
+        learnt = _trade(case, case.learnt, plan[0].learn, plan[0].classes, count, seed + 1)
+    for k, codes in enumerate(tested):
+        turned = [
+            Fit(fit.learn, codes[fit.learn] if learnt is None else learnt[k][fit.learn], fit.test, codes[fit.test])
+            for fit in plan
+        ]
+        if any(len(np.unique(fit.classes)) < case.classes for fit in turned):
+            continue  # a fold would lack a class
+        truth = np.concatenate([fit.truth for fit in turned])
+        p = case.probabilities(turned, ("real",), [("real",)])["real"]
+        yield float(metrics.auroc(np.zeros(len(truth)), truth, p)(np.ones((1, 1)))[0])
+
+
+def judge(permutations: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a label x backend x control: `value` (AUROC), `low`, `high`, and whether it is `sound`.
+
+    Permuted labels: the mean over stains and permutations, its interval that of the mean. The marker mean: the stain
+    with the highest AUROC. Grouped folds push permuted labels below 0.5 rather than above it: below is sound.
+    """
+    rows = []
+    keys = ["label", "backend"]
+    for (label, backend), part in permutations.groupby(keys, sort=False) if len(permutations) else ():
+        x = part["value"].to_numpy(float)
+        half = 1.96 * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.nan
+        value = {"value": x.mean(), "low": x.mean() - half, "high": x.mean() + half}
+        rows.append({"label": label, "backend": backend, "control": PERMUTATION, **value})
+    means = scores[(scores["input"] == MEAN) & (scores["score"] == "auroc")] if len(scores) else scores
+    for (label, backend), part in means.groupby(keys, sort=False) if len(means) else ():
+        worst = max(part.to_dict("records"), key=lambda row: float(row["value"]))
+        rows.append(
+            {"label": label, "backend": backend, "control": MEAN, **{k: worst[k] for k in ("value", "low", "high")}}
+        )
+    table = pd.DataFrame(rows)
+    if len(table):
+        table["sound"] = (table["value"] <= 0.5 + CHANCE) | (table["low"] <= 0.5)
+    return table
+
+
+def _trade(case: Case, part: Part, rows: Cells, codes: Cells, count: int, seed: int) -> list[Cells]:
+    """Permute the labels of some rows; returned by row of the part, -1 for the others."""
+    unit = case.config.fold or case.config.group
+    groups = part.obs[unit].astype(str).to_numpy()[rows]
+    traded = []
+    for new in permuted(codes, groups, count, seed):
+        every = np.full(len(part.cells), -1)
+        every[rows] = new
+        traded.append(every)
+    return traded
