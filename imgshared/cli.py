@@ -109,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _verb(verbs, "evaluate", _evaluate, "held-out groups: fidelity, classifiers, latent probes, a report")
     _run_and_store(evaluate)
     evaluate.add_argument("--out", type=Path, help="folder to write (default: <run>/evaluation/<store>)")
+    evaluate.add_argument(
+        "--allow-seen-groups", action="store_true", help="judge groups that trained the model, too: marked as leaking"
+    )
 
     show = verbs.add_parser("config", help="print every setting of a command as YAML, checked and resolved")
     show.set_defaults(run=_show)
@@ -181,7 +184,8 @@ def _predict(a: argparse.Namespace) -> None:
 def _evaluate(a: argparse.Namespace) -> None:
     from imgshared import api
 
-    config = load(EvaluateConfig, a.config, a.settings)
+    seen = ["allow_seen_groups=true"] if a.allow_seen_groups else []
+    config = load(EvaluateConfig, a.config, [*a.settings, *seen])
     print(api.evaluate(a.run_folder, a.store, a.out, console=_console(), config=config).report)
 
 

@@ -36,6 +36,8 @@ from imgshared.data.segment import SegmentSettings, length_px, segment_nuclei
 from imgshared.data.store import IMAGES, MASKS, StoreWriter, panel_table
 from imgshared.types import InputError
 
+SCALED_IMAGES, SCALED_SHARE = 4, 0.9  # from so many images, so many of which share minimum and maximum
+
 
 @dataclass(frozen=True)
 class PrepareSummary:
@@ -204,6 +206,7 @@ class _Tally:
         self.obs: list[pd.DataFrame] = []
         self.x: list[NDArray[np.float32]] = []
         self.found = self.without_row = self.overflowing = 0
+        self.extremes: list[dict[int, tuple[float, float]]] = []
         self.empty: list[str] = []
         self.binary: list[str] = []
 
@@ -230,6 +233,7 @@ class _Tally:
     def _pixels(self, source: Source) -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int64]]:
         """Return the image (its channels of the panel, Y, X), the consecutive mask, and what its labels are called."""
         image = source.file.read(list(source.channels.values()))
+        self.extremes.append({c: (float(x.min()), float(x.max())) for c, x in zip(source.channels, image, strict=True)})
         if source.row.mask is None:
             image = image if image.shape[1:] == source.shape else resample(image, source.shape)
             chromatin = image[list(source.channels).index(self.plan.panel.chromatin_index)]
@@ -305,6 +309,7 @@ class _Tally:
             "dropped": dict(self.dropped),
             "intensity": ranges,
             "measured": counts,
+            "scaled_by_image": self._scaled(),
             "segmentation": dataclasses.asdict(self.segment) if segmented else "masks",
             "manifest": manifest.path.name,
         }
@@ -334,6 +339,15 @@ class _Tally:
         if self.joined is not None and self.without_row == sum(map(len, self.obs)):
             raise InputError(f"no label of the table of cells is a label of the masks of {manifest.path}")
 
+    def _scaled(self) -> list[str]:
+        """Return the markers whose images nearly all span one and the same range, as no camera's do."""
+        found = []
+        for c, marker in enumerate(self.plan.panel.markers):
+            spans = Counter(image[c] for image in self.extremes if c in image and image[c][0] < image[c][1])
+            if spans.total() >= SCALED_IMAGES and max(spans.values()) >= SCALED_SHARE * spans.total():
+                found.append(marker)
+        return found
+
     def _warnings(self) -> tuple[str, ...]:
         notes = [
             (len(self.empty), f"image(s) without nuclei: {', '.join(self.empty[:5])}"),
@@ -342,7 +356,14 @@ class _Tally:
             (self.without_row, "cell(s) without a row in the table of cells"),
             (self.joined.unmatched if self.joined else 0, "row(s) of the table of cells name no image of the manifest"),
         ]
-        return (*self.plan.warnings, *(f"{count} {text}" for count, text in notes if count))
+        scaled = self._scaled()
+        mend = "use the microscope's own files, or brightness cannot be compared between images"
+        said = (
+            [f"every image of {', '.join(scaled)} spans the same range, as if scaled one by one: {mend}"]
+            if scaled
+            else []
+        )
+        return (*self.plan.warnings, *said, *(f"{count} {text}" for count, text in notes if count))
 
 
 def _numpy_dtype(dtype: Any) -> np.dtype[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,13 @@ from imgshared.evaluation.classify import classify
 from imgshared.evaluation.collect import Part, Predict, Progress, collect
 from imgshared.evaluation.features import typical_radius
 from imgshared.evaluation.floors import Floors
+from imgshared.evaluation.guard import Cohort, cohort
 from imgshared.evaluation.labels import (
     check_values,
     grouped_folds,
     read_factor,
     read_label,
     refuse_broken_folds,
-    refuse_shared_groups,
 )
 from imgshared.evaluation.matrix import MATRIX
 from imgshared.evaluation.probes import probe
@@ -39,6 +39,7 @@ from imgshared.prediction import Run, predict_cells
 from imgshared.prediction.types import PredictedCells
 from imgshared.types import InputError
 
+LONG = ("cells", "features", "effects")  # tables that go to files of their own
 FLOOR_CELLS = 2000  # training cells for the floors where nothing else asks for more
 
 
@@ -65,6 +66,11 @@ class Evaluation:
         Verdict on each label and protein: `verdict.judge_labels`.
     probes
         See `probes.probe`.
+    leaks, cautions
+        What the result may not be believed for, and what the images themselves bring along: see `guard.cohort`. Empty
+        as they should be.
+    notes
+        What was left out and why, and what the reader must know, in words.
     summary
         The findings in sentences.
     report
@@ -87,6 +93,9 @@ class Evaluation:
     probabilities: pd.DataFrame
     labels: pd.DataFrame
     probes: pd.DataFrame
+    leaks: list[str]
+    cautions: list[str]
+    notes: list[str]
     summary: list[str]
     report: Path
     metrics: dict[str, Any]
@@ -118,110 +127,118 @@ def evaluate(
     ------
     InputError
         For an unknown column or value, a label with one class, too few groups, groups on both sides, or a store without
-        a held-out cell.
+        a group that the model has not seen.
     """
     say = progress or (lambda what, done, total: None)
-    panel = run.panel
     _check_columns(store.obs, config)
-    parts = run.split.assign(store.obs)
-    config = _resolve(config, store.obs[parts == "test"])
-    bound = [c for c in run.method.sources or () if c != panel.chromatin_index]
-    test_cells = _sample(parts, "test", config.max_cells, config.seed, run, store)
-    wide = config.train_on == "train" or bool(config.labels or config.factors)
-    limit = config.max_cells if wide else min(FLOOR_CELLS, config.max_cells)
-    train_cells = _sample(parts, "train", limit, config.seed, run, store)
-    _check_labels(store.obs.iloc[train_cells], store.obs.iloc[test_cells], config)
-    cnn = bool(config.labels) and "cnn" in config.classifiers
-    by_features = bool(config.labels) and "features" in config.classifiers
-    on_train = config.train_on == "train"
-
-    make = partial(_predict, partial(predict, run, store), bound)
-    floors = Floors(len(panel), panel.chromatin_index, seed=config.seed)
-    gather = partial(collect, make, store, panel)
-    radius = typical_radius(store.masks(train_cells)) if by_features else None
-    train = gather(
-        train_cells,
-        fit=floors,
-        features=radius if on_train else None,
-        crops=cnn and on_train,
-        progress=partial(say, "training cells"),
-    )
-    test = gather(test_cells, against=floors, features=radius, crops=cnn, progress=partial(say, "held-out cells"))
-    if test.fidelity.empty:
-        raise InputError(f"{store.path}: no protein of the model is measured in any held-out cell: nothing to judge")
-    test.fidelity["group"] = test.obs[config.group].astype(str).to_numpy()[test.fidelity["position"].to_numpy(int)]
-
-    boot = {"n": config.bootstrap, "seed": config.seed}
-    say("intervals", 0, 1)
-    stains = verdict.judge_stains(fidelity.against_floors(test.fidelity, **boot))
-    say("cell features", 0, 1)
-    features, effects, conditions = _measure(test, panel, config)
-    fits = len(config.labels) * len(panel.proteins) * len(config.classifiers) * len(MATRIX)
-    told = classify(test, train if on_train else None, panel, config, _counter(say, "classifiers", fits))
-    notes = verdict.unsound(told.controls) + told.notes
-    targets = (len(config.labels) + len(config.factors)) * len(test.latents)
-    probes = probe(train, test, config, _counter(say, "latent probes", targets))
-    labels = verdict.judge_labels(told.scores, told.contrasts, config.margin)
-    tables = {
-        "fidelity": fidelity.summarise(test.fidelity, **boot),
-        "groups": fidelity.by_group(test.fidelity),
-        "stains": stains,
-        "conditions": conditions,
-        "classifiers": told.scores,
-        "contrasts": told.contrasts,
-        "agreement": told.agreement,
-        "controls": told.controls,
-        "labels": labels,
-        "probes": probes,
-    }
-    if len(set(test.fidelity["group"])) == 1:
-        notes.insert(
-            0, f"One value of {config.group!r} is held out: no interval can be given, verdicts rest on it alone"
-        )
-    if bound:
-        names = ", ".join(panel.markers[c] for c in run.method.sources or ())
-        notes.insert(
-            0, f"Predicted from {names}, which are not judged; read {names} for {panel.chromatin} as the source"
-        )
-    if run.experiment.unstained:
-        hidden = ", ".join(run.experiment.unstained)
-        notes.insert(0, f"The model learnt as if groups lacked {hidden}; the floors and classifiers did not")
-    if store.data_hash != run.contract.data_hash:
-        notes.insert(
-            0, f"{store.path} is not the store that trained the model; its groups are told apart by name alone"
-        )
-    summary = verdict.sentences(stains, labels, panel.chromatin) + verdict.differences(conditions)
-    counts = {part: int((parts == part).sum()) for part in ("train", "val", "test", "none")}
-    used = {"train": len(train_cells), "test": len(test_cells)}
+    who = cohort(run, store, config)
+    config = _resolve(config, store.obs.iloc[who.judged])
+    _check_labels(store.obs.iloc[who.judged], config)
+    train, test, make = _look(run, store, who, config, predict, say)
+    tables, probabilities, notes = _judge(run, train, test, config, say)
+    notes = [*_told_of(run, store, test, config), *notes]
+    summary = verdict.sentences(tables["stains"], tables["labels"], run.panel.chromatin)
+    summary += verdict.differences(tables["conditions"])
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    for stale in ("metrics.json", "cells.csv", "features.csv", "effects.csv", "probabilities.parquet", "report.html"):
+    for stale in ("metrics.json", *(f"{t}.csv" for t in LONG), "probabilities.parquet", "report.html"):
         (out / stale).unlink(missing_ok=True)  # of an earlier evaluation: results never mix
     say("report", 0, 1)
-    measured = {"features": features, "effects": effects}
-    shown = Shown(run, store, config, panel, test, tables | measured, summary, notes, counts, used)
+    used = {"train": len(train.cells), "test": len(test.cells)}
+    shown = Shown(run, store, config, run.panel, test, tables, summary, notes, who, used)
     report = write_report(shown, make, out / "report.html")
-    cells = _cell_table(test, config)
-    plain: dict[str, Any] = {"summary": summary, "notes": notes, "cells": counts, "cells_used": used}
-    plain |= {name: _records(table) for name, table in tables.items()}
-    for name, table in {"cells": cells, **measured}.items():
-        if len(table):
-            _write(out / f"{name}.csv", partial(table.to_csv, index=False, float_format="%.5g"))
-    if len(told.probabilities):
-        _write(out / "probabilities.parquet", lambda path: told.probabilities.to_parquet(path, index=False))
+    tables["cells"] = _cell_table(test, config)
+    plain: dict[str, Any] = {"leaks": who.leaks, "cautions": who.cautions, "summary": summary, "notes": notes}
+    plain |= {"cells": who.counts, "cells_used": used}
+    plain |= {name: _records(table) for name, table in tables.items() if name not in LONG}
+    for name in LONG:
+        if len(tables[name]):
+            _write(out / f"{name}.csv", partial(tables[name].to_csv, index=False, float_format="%.5g"))
+    if len(probabilities):
+        _write(out / "probabilities.parquet", lambda path: probabilities.to_parquet(path, index=False))
     # The last one: where it stands, the others do.
     _write(out / "metrics.json", lambda path: path.write_text(json.dumps(plain, indent=1) + "\n"))
     say("report", 1, 1)
     return Evaluation(
         **tables,
-        **measured,
-        cells=cells,
-        probabilities=told.probabilities,
+        probabilities=probabilities,
+        leaks=who.leaks,
+        cautions=who.cautions,
+        notes=notes,
         summary=summary,
         report=report,
         metrics=plain,
     )
+
+
+def _look(
+    run: Run, store: CellStore, who: Cohort, config: EvaluateConfig, predict: Predict, say: Progress
+) -> tuple[Part, Part, Predict]:
+    """Predict training cells, for the floors, and those to judge; also return how the latter are predicted."""
+    panel = run.panel
+    bound = [c for c in run.method.sources or () if c != panel.chromatin_index]
+    on_train = config.train_on == "train"
+    limit = config.max_cells
+    if not (on_train or config.labels or config.factors):
+        limit = min(FLOOR_CELLS, limit)
+    train_cells = _sample(who.train, limit, config.seed, run, who.source)
+    test_cells = _sample(who.judged, config.max_cells, config.seed, run, store)
+    by_features = bool(config.labels) and "features" in config.classifiers
+    radius = typical_radius(who.source.masks(train_cells)) if by_features else None
+    cnn = bool(config.labels) and "cnn" in config.classifiers
+    floors = Floors(len(panel), panel.chromatin_index, seed=config.seed)
+    train = collect(
+        partial(_predict, partial(predict, run, who.source), bound), who.source, panel, train_cells,
+        fit=floors, features=radius if on_train else None, crops=cnn and on_train,
+        progress=partial(say, "training cells"),
+    )  # fmt: skip
+    make = partial(_predict, partial(predict, run, store), bound)
+    test = collect(
+        make, store, panel, test_cells,
+        against=floors, features=radius, crops=cnn, progress=partial(say, "held-out cells"),
+    )  # fmt: skip
+    if test.fidelity.empty:
+        raise InputError(f"{store.path}: no protein of the model is measured in any held-out cell: nothing to judge")
+    test.fidelity["group"] = test.obs[config.group].astype(str).to_numpy()[test.fidelity["position"].to_numpy(int)]
+    return train, test, make
+
+
+def _judge(
+    run: Run, train: Part, test: Part, config: EvaluateConfig, say: Progress
+) -> tuple[dict[str, pd.DataFrame], pd.DataFrame, list[str]]:
+    """Return the tables by name, the classifiers' probabilities, and notes."""
+    panel, boot = run.panel, {"n": config.bootstrap, "seed": config.seed}
+    say("intervals", 0, 1)
+    tables = {
+        "fidelity": fidelity.summarise(test.fidelity, **boot),
+        "groups": fidelity.by_group(test.fidelity),
+        "stains": verdict.judge_stains(fidelity.against_floors(test.fidelity, **boot)),
+    }
+    say("cell features", 0, 1)
+    tables |= dict(zip(("features", "effects", "conditions"), _measure(test, panel, config), strict=True))
+    fits = len(config.labels) * len(panel.proteins) * len(config.classifiers) * len(MATRIX)
+    learnt = train if config.train_on == "train" else None
+    told = classify(test, learnt, panel, config, _counter(say, "classifiers", fits))
+    tables |= {"classifiers": told.scores, "contrasts": told.contrasts, "agreement": told.agreement}
+    tables |= {"controls": told.controls, "labels": verdict.judge_labels(told.scores, told.contrasts, config.margin)}
+    targets = (len(config.labels) + len(config.factors)) * len(test.latents)
+    tables["probes"] = probe(train, test, config, _counter(say, "latent probes", targets))
+    return tables, told.probabilities, verdict.unsound(told.controls) + told.notes
+
+
+def _told_of(run: Run, store: CellStore, test: Part, config: EvaluateConfig) -> Iterator[str]:
+    """Say what a reader must know of the run and the store."""
+    if store.data_hash != run.contract.data_hash:
+        yield f"{store.path} is not the store that trained the model; its groups are told apart by name alone"
+    if run.experiment.unstained:
+        hidden = ", ".join(run.experiment.unstained)
+        yield f"The model learnt as if groups lacked {hidden}; the floors and classifiers did not"
+    if any(c != run.panel.chromatin_index for c in run.method.sources or ()):
+        names = ", ".join(run.panel.markers[c] for c in run.method.sources or ())
+        yield f"Predicted from {names}, which are not judged; read {names} for {run.panel.chromatin} as the source"
+    if len(set(test.fidelity["group"])) == 1:
+        yield f"One value of {config.group!r} is held out: no interval can be given, verdicts rest on it alone"
 
 
 def _predict(predict: Predict, bound: list[int], cells: NDArray[np.intp], **wishes: bool) -> PredictedCells:
@@ -262,13 +279,11 @@ def _check_columns(obs: pd.DataFrame, config: EvaluateConfig) -> None:
     check_values(obs, config.labels, config.label_values)
 
 
-def _check_labels(train: pd.DataFrame, test: pd.DataFrame, config: EvaluateConfig) -> None:
+def _check_labels(test: pd.DataFrame, config: EvaluateConfig) -> None:
     """Refuse hopeless labels before hours of prediction."""
     fold = config.fold or config.group
     if config.labels:
         refuse_broken_folds(test, config.group, fold)
-    if config.labels or config.factors:
-        refuse_shared_groups(train, test, config.group)
     for name in config.labels:
         label = read_label(test, name, config.label_values)
         if config.train_on == "test":
@@ -276,17 +291,13 @@ def _check_labels(train: pd.DataFrame, test: pd.DataFrame, config: EvaluateConfi
             grouped_folds(label, cells, test[fold].astype(str).to_numpy(), fold, config.folds, config.seed)
 
 
-def _sample(parts: NDArray[np.str_], part: str, limit: int, seed: int, run: Run, store: CellStore) -> NDArray[np.intp]:
-    """Draw at most `limit` cells of a part, all of them with chromatin and the sources that the method is bound to."""
+def _sample(rows: NDArray[np.intp], limit: int, seed: int, run: Run, store: CellStore) -> NDArray[np.intp]:
+    """Draw at most `limit` of some cells, all of them with chromatin and the sources that the method is bound to."""
     needed = list(dict.fromkeys([run.panel.chromatin, *(run.panel.markers[c] for c in run.method.sources or ())]))
-    stained = store.measured[:, store.panel.indices(needed)].all(1)
-    cells = np.flatnonzero((parts == part) & stained)
+    channels = np.asarray(store.panel.indices(needed))
+    cells: NDArray[np.intp] = rows[store.measured[np.ix_(rows, channels)].all(1)]
     if not len(cells):
-        values = ", ".join(getattr(run.split, part)) or "nothing"
-        raise InputError(
-            f"the store has no {part} cell of this run with {', '.join(needed)}; the run's split by {run.split.by!r} "
-            f"holds {values} for it. Give the store that the run was trained on, or train with split.{part} set"
-        )
+        raise InputError(f"{store.path}: none of the {len(rows)} cells to look at has {', '.join(needed)} measured")
     if len(cells) <= limit:
         return cells
     return np.sort(np.random.default_rng(seed).choice(cells, limit, replace=False))

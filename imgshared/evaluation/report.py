@@ -18,6 +18,7 @@ from imgshared.data.store import CellStore
 from imgshared.evaluation import figures, tables
 from imgshared.evaluation.collect import Part, Predict
 from imgshared.evaluation.figures import Example
+from imgshared.evaluation.guard import Cohort
 from imgshared.evaluation.matrix import BOTH
 from imgshared.evaluation.verdict import ABSENT, CLEARS, NOT_INFERIOR
 from imgshared.prediction import Run
@@ -41,7 +42,7 @@ class Shown:
     tables: dict[str, pd.DataFrame]
     summary: list[str]
     notes: list[str]
-    counts: dict[str, int]
+    cohort: Cohort
     used: dict[str, int]
 
 
@@ -54,6 +55,7 @@ def write_report(shown: Shown, predict: Predict, path: Path) -> Path:
     html = environment.get_template("report.html.j2").render(
         title=shown.run.path.name,
         chromatin=shown.panel.chromatin,
+        stamps=[("Leaking: do not cite", shown.cohort.leaks), ("Caution", shown.cohort.cautions)],
         summary=shown.summary,
         notes=shown.notes,
         cards=_cards(shown),
@@ -205,9 +207,9 @@ def _cards(shown: Shown) -> list[tuple[str, str]]:
 def _provenance(shown: Shown) -> list[tuple[str, str]]:
     run, store, split = shown.run, shown.store, shown.run.split
     sampled = [
-        f"{part}: {shown.used[part]:,} of {shown.counts[part]:,} cells"
-        + (f" (a random sample, seed {shown.config.seed})" if shown.used[part] < shown.counts[part] else "")
-        for part in ("train", "test")
+        f"{part}: {shown.used[part]:,} of {total:,} cells"
+        + (f" (a random sample, seed {shown.config.seed})" if shown.used[part] < total else "")
+        for part, total in (("train", len(shown.cohort.train)), ("test", len(shown.cohort.judged)))
     ]
     size = store.pixel_size_um
     packages = ("imgshared", "torch", "numpy", "scikit-learn", "scikit-image", "timm")

@@ -145,7 +145,7 @@ def test_results_of_two_evaluations_never_mix(done, world, run, store, tmp_path)
 
 
 def test_a_single_held_out_group_is_said_to_have_no_interval(world, run, store, tmp_path):
-    run.split = replace(run.split, test=("donor11",))
+    run.split = replace(run.split, val=("donor06", "donor07", "donor08", "donor09", "donor10"), test=("donor11",))
     config = EvaluateConfig(bootstrap=100)
     found = evaluate(run, store, tmp_path / "out", config, predict=world.predict)
     assert found.fidelity["low"].isna().all()

@@ -1,0 +1,150 @@
+"""The leak guard: which cells may be judged, and what stands against believing the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imgshared.config import EvaluateConfig
+from imgshared.data.normalise import fit_normaliser
+from imgshared.data.split import column
+from imgshared.data.store import CellStore
+from imgshared.prediction import Run
+from imgshared.types import InputError
+
+SHOWN = 6  # group names in a message
+CHECKED = 2  # channels whose normaliser is fitted again: each reads thousands of crops
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Who is judged, against whom.
+
+    Parameters
+    ----------
+    source
+        The store that holds the training cells: the judged one, or the one that trained the model.
+    train, judged
+        Rows of `source`, rows of the judged store.
+    counts
+        Cells by part of the run's split, "none" for groups that it does not know.
+    leaks
+        What the result may not be believed for, in sentences.
+    cautions
+        What the images themselves bring along, in sentences.
+    """
+
+    source: CellStore
+    train: NDArray[np.intp]
+    judged: NDArray[np.intp]
+    counts: dict[str, int]
+    leaks: list[str]
+    cautions: list[str]
+
+
+def cohort(run: Run, store: CellStore, config: EvaluateConfig) -> Cohort:
+    """Choose the cells to judge: of the held-out groups, and of groups that the run's split does not know.
+
+    With `config.allow_seen_groups` all cells, and the leak is told.
+
+    Raises
+    ------
+    InputError
+        Where no group is unseen, a value of `config.group` is on both sides, or no training cell can be found.
+    """
+    parts = run.split.assign(store.obs)
+    values = store.obs[run.split.by].astype(str).to_numpy()
+    seen = np.isin(parts, ("train", "val"))
+    judged = np.ones_like(seen) if config.allow_seen_groups else ~seen
+    if not judged.any():
+        raise InputError(
+            f"{store.path}: the model has seen every {run.split.by} ({_some(values)}), so none is left to judge it by. "
+            "Give a store with others, train with split.test set, or see what the seen ones would give with "
+            "--allow-seen-groups, which marks every page as leaking"
+        )
+    leaks = []
+    if (judged & seen).any():
+        known = np.unique(values[judged & seen])
+        leaks.append(
+            f"{len(known)} of the {len(np.unique(values[judged]))} values of {run.split.by} that are judged have "
+            f"trained the model or chosen its checkpoint ({_some(known)})"
+        )
+    leaks += _shared(store, seen, judged, config)
+    source = store if (parts == "train").any() else _training_store(run, store)
+    train = np.flatnonzero(run.split.assign(source.obs) == "train")
+    leaks += _normaliser(run, source, train)
+    counts = {part: int((parts == part).sum()) for part in ("train", "val", "test", "none")}
+    return Cohort(source, train, np.flatnonzero(judged), counts, leaks, _scaled(store))
+
+
+def _shared(store: CellStore, seen: NDArray[np.bool_], judged: NDArray[np.bool_], config: EvaluateConfig) -> list[str]:
+    """Find groups with cells on both sides of the run's split, as where it was split by image or by well."""
+    leaks = []
+    for name in dict.fromkeys((config.group, "group")):
+        units = column(store.obs, name).astype(str).to_numpy()
+        both = np.intersect1d(units[seen], units[judged & ~seen])
+        if not len(both):
+            continue
+        leaks.append(f"{name} {both[0]!r} has cells on both sides of the run's split ({len(both)} in all)")
+        if not config.allow_seen_groups:
+            raise InputError(
+                f"{leaks[-1]}: the model has seen the {name} that it would be judged by. Train with split.by={name}, "
+                "choose another group column, or see what this would give with --allow-seen-groups"
+            )
+    return leaks
+
+
+def _training_store(run: Run, store: CellStore) -> CellStore:
+    """Open the store that trained the model: one of new groups alone has no cell to fit the floors on."""
+    path = run.experiment.data
+    source = CellStore(path) if path.exists() else None
+    if source is None or source.data_hash != run.contract.data_hash:
+        why = "is not there" if source is None else "has changed since"
+        raise InputError(
+            f"{store.path} holds no group that trained this run, and the floors need some: the store that did, {path}, "
+            f"{why}. Give a store with both"
+        )
+    return source
+
+
+def _normaliser(run: Run, source: CellStore, train: NDArray[np.intp]) -> list[str]:
+    """Fit the normaliser again on the training groups alone; only where the store is the one that trained."""
+    if source.data_hash != run.contract.data_hash:
+        return []
+    markers, c = run.panel.markers[:CHECKED], run.experiment.normalise
+    channels = source.panel.indices(markers)
+    measured = source.measured[np.ix_(train, np.asarray(channels))]
+    groups = source.obs[run.split.by].astype(str).to_numpy()[train]
+    for k, marker in enumerate(markers):
+        measured[np.isin(groups, run.experiment.unstained.get(marker, ())), k] = False
+    again = fit_normaliser(
+        source, train, channels, measured,
+        transform=c.transform, cofactor=c.cofactor, low=c.low, high=c.high, seed=run.experiment.seed,
+    )  # fmt: skip
+    ours = run.normaliser
+    for k, marker in enumerate(markers):
+        if not np.allclose([ours.low[k], ours.high[k]], [again.low[k], again.high[k]], rtol=1e-4, atol=1e-6):
+            return [
+                f"the model's normaliser is not what its training groups give ({marker}: {ours.low[k]:.4g} to "
+                f"{ours.high[k]:.4g}, not {again.low[k]:.4g} to {again.high[k]:.4g}): it was fitted on other cells"
+            ]
+    return []
+
+
+def _scaled(store: CellStore) -> list[str]:
+    """Tell of images that `prepare` found to be scaled one by one."""
+    markers = store.info.get("scaled_by_image", [])
+    if not markers:
+        return []
+    return [
+        f"the images of {', '.join(markers)} seem to be scaled one by one before they came here, each by its own "
+        "extremes: brightness cannot be compared between images, and held-out images set their own scale"
+    ]
+
+
+def _some(names: NDArray[Any]) -> str:
+    known = list(np.unique(names))
+    return ", ".join(known[:SHOWN]) + (", ..." if len(known) > SHOWN else "")

@@ -1,0 +1,162 @@
+"""Planted leaks are refused, or stamped on every page; and what is stamped differs from the honest number."""
+
+import copy
+import dataclasses
+import io
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+from rich.console import Console
+
+from imgshared import api
+from imgshared.config import EvaluateConfig, Experiment, validate
+from imgshared.data.split import Split
+from imgshared.data.store import CellStore
+from imgshared.evaluation.evaluate import evaluate
+from imgshared.types import InputError
+
+CONFIG = EvaluateConfig(bootstrap=100)
+QUIET = Console(file=io.StringIO())
+
+
+@pytest.fixture
+def store(world, tmp_path):
+    return world.store(tmp_path / "cells.zarr")
+
+
+def memory(world, run):
+    """An imputer that has learnt its training cells by heart: it gives the stains of the one with the likest DNA."""
+    train = np.flatnonzero(run.split.assign(world.obs) == "train")
+    dna = world.real[:, 0].reshape(len(world.obs), -1)
+
+    def predict(_run, _store, cells, **wishes):
+        gap = ((dna[cells, None] - dna[None, train]) ** 2).sum(2) if len(cells) < 60 else None
+        if gap is None:
+            gap = (dna[cells] ** 2).sum(1)[:, None] - 2 * dna[cells] @ dna[train].T + (dna[train] ** 2).sum(1)
+        done = world.predict(run, None, cells, **wishes)
+        return dataclasses.replace(done, images=done.images | {"predicted": world.real[train[gap.argmin(1)]]})
+
+    return predict
+
+
+def pearson(found, marker="Rim"):
+    table = found.fidelity.query("prediction == 'predicted' and score == 'pearson'").set_index("marker")
+    return table.loc[marker, "value"]
+
+
+def stamped(found):
+    page = found.report.read_text()
+    metrics = json.loads((found.report.parent / "metrics.json").read_text())
+    said = 'class="every-page"' in page and metrics["cautions"] == found.cautions and metrics["leaks"] == found.leaks
+    return said and ("Leaking: do not cite" in page) == bool(found.leaks) and bool(found.leaks or found.cautions)
+
+
+def test_an_honest_evaluation_bears_no_stamp(world, run, store, tmp_path):
+    found = evaluate(run, store, tmp_path / "out", CONFIG, predict=world.predict)
+    assert found.leaks == found.cautions == []
+    assert 'class="every-page"' not in found.report.read_text()
+
+
+def test_an_imputer_that_saw_the_judged_donors(world, run, store, tmp_path):
+    honest = evaluate(run, store, tmp_path / "honest", CONFIG, predict=memory(world, run))
+    allowed = dataclasses.replace(CONFIG, allow_seen_groups=True)
+    leaking = evaluate(run, store, tmp_path / "leaking", allowed, predict=memory(world, run))
+    assert stamped(leaking)
+    assert "8 of the 12 values of group" in leaking.leaks[0]
+    assert pearson(leaking) > pearson(honest) + 0.03
+    assert leaking.metrics["cells_used"]["test"] == len(store)
+
+    run.split = Split("group", run.split.train, run.split.val + run.split.test, ())
+    with pytest.raises(InputError, match="has seen every group"):
+        evaluate(run, store, tmp_path / "out", CONFIG, predict=world.predict)
+
+
+def test_one_donor_in_two_splits(world, run, tmp_path):
+    """Split by image where donors have several: a label that is the donor's own is recognised, not learnt."""
+    world = copy.copy(world)
+    rng = np.random.default_rng(1)
+    donors = rng.integers(0, 12, len(world.obs))
+    place = [f"{d}_{i % 4}" for i, d in enumerate(donors)]
+    about = {"image": place, "group": place, "donor": [f"donor{d:02d}" for d in donors]}
+    arm = rng.permutation(12) % 2
+    world.obs = world.obs.assign(**about, arm=np.where(arm[donors], "a", "b"))
+    radius = np.hypot(*(np.indices((32, 32)) - 15.5)).astype(int).clip(0, 15)
+    stain = rng.normal(0, 0.3, (12, 16)).astype(np.float32)  # how each donor's antibody falls off: nothing of its arm
+    world.real = world.real + stain[donors][:, radius][:, None] * world.measured[..., None, None]
+    store = world.store(tmp_path / "donors.zarr")
+    by_image = sorted(set(world.obs["group"]))
+    run.split = Split("group", tuple(by_image[::2]), (), tuple(by_image[1::2]))
+    config = dataclasses.replace(CONFIG, labels=("arm",), train_on="train", group="donor")
+    with pytest.raises(InputError, match="donor 'donor00' has cells on both sides"):
+        evaluate(run, store, tmp_path / "out", config, predict=world.predict)
+
+    def auroc(split, **change):
+        run.split = split
+        found = evaluate(
+            run, store, tmp_path / "out", dataclasses.replace(config, **change), predict=world.predict
+        ).classifiers
+        return found.query("input == 'real' and score == 'auroc' and marker == 'Rim'")["value"].item()
+
+    names = sorted(set(world.obs["donor"]))
+    honest = auroc(Split("donor", tuple(names[:6]), (), tuple(names[6:])))
+    blind = auroc(Split("group", tuple(by_image[::2]), (), tuple(by_image[1::2])), group="group")
+    assert blind > honest + 0.15  # what the guard is told nothing of, it cannot see
+
+
+def test_a_normaliser_that_was_fitted_on_all(trained_run, toy, tmp_path):
+    honest = evaluate(trained_run, toy, tmp_path / "honest", CONFIG)
+    assert honest.leaks == []
+    ours = trained_run.contract.normaliser
+    wider = dataclasses.replace(ours, high=tuple(1.3 * h for h in ours.high))
+    faked = dataclasses.replace(trained_run, contract=dataclasses.replace(trained_run.contract, normaliser=wider))
+    leaking = evaluate(faked, toy, tmp_path / "leaking", CONFIG)
+    assert stamped(leaking)
+    assert "it was fitted on other cells" in leaking.leaks[0]
+    l1 = [f.fidelity.query("score == 'l1' and prediction == 'linear'")["value"].mean() for f in (honest, leaking)]
+    assert abs(l1[0] - l1[1]) > 0.1 * l1[0]
+
+
+def test_images_that_were_scaled_one_by_one(tmp_path):
+    images = api.simulate(tmp_path / "images", cells=120, donors=5, seed=3)
+    table = pd.read_csv(images / "manifest.csv")
+    found = {}
+    for kind in ("camera", "scaled"):
+        if kind == "scaled":
+            for name in table["image"]:
+                with tifffile.TiffFile(images / name) as file:
+                    x, description = file.asarray().astype(np.float64), file.ome_metadata
+                low, high = (f(x, axis=(1, 2), keepdims=True) for f in (np.min, np.max))
+                x = np.round(65535 * (x - low) / np.maximum(high - low, 1)).astype(np.uint16)
+                tifffile.imwrite(images / name, x, description=description.encode(), metadata=None)
+        done = api.prepare(images / "manifest.csv", tmp_path / f"{kind}.zarr", crop_px=32, qc=False)
+        assert any("as if scaled one by one" in w for w in done.warnings) == (kind == "scaled")
+        plan = {"data": str(done.path), "method": {"name": "linear"}, "split": {"test": 0.4, "val": 0.0}}
+        run = api.train(validate(Experiment, plan, "linear"), out=tmp_path / kind, console=QUIET)
+        found[kind] = evaluate(run, CellStore(done.path), tmp_path / f"{kind}_out", CONFIG)
+    assert found["camera"].cautions == found["scaled"].leaks == []
+    assert stamped(found["scaled"])
+    assert "scaled one by one" in found["scaled"].cautions[0]
+    r = {
+        kind: f.fidelity.query("score == 'intensity_pearson' and prediction == 'predicted'")["value"].mean()
+        for kind, f in found.items()
+    }
+    assert abs(r["camera"] - r["scaled"]) > 0.03
+
+
+def test_groups_that_the_split_does_not_know_are_judged(trained_run, toy, make_store, tmp_path):
+    path = make_store(tmp_path / "new.zarr", seed=5)
+    new = CellStore(path)
+    new.obs["group"] = ["n" + g for g in new.obs["group"].astype(str)]
+    found = evaluate(trained_run, new, tmp_path / "out", CONFIG)
+    assert found.metrics["cells"] == {"train": 0, "val": 0, "test": 0, "none": 80}
+    assert found.metrics["cells_used"] == {"train": 48, "test": 80}  # the floors learn from the training store
+    gone = dataclasses.replace(trained_run, experiment=dataclasses.replace(trained_run.experiment, data=tmp_path / "x"))
+    with pytest.raises(InputError, match="is not there"):
+        evaluate(gone, new, tmp_path / "out", CONFIG)
+    changed = SimpleNamespace(**(vars(trained_run.contract) | {"data_hash": "another"}))
+    with pytest.raises(InputError, match="has changed since"):
+        evaluate(dataclasses.replace(trained_run, contract=changed), new, tmp_path / "out", CONFIG)
