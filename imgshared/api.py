@@ -26,12 +26,13 @@ from imgshared.data.simulate import simulate as _simulate
 from imgshared.data.store import CellStore
 from imgshared.evaluation.evaluate import Evaluation
 from imgshared.evaluation.evaluate import evaluate as _evaluate
+from imgshared.evaluation.refit import fit_folds
 from imgshared.prediction import Run, load_run, predict_image
 from imgshared.prediction import predict as _predict
 from imgshared.training.loop import train as _train
 from imgshared.types import InputError
 
-__all__ = ["evaluate", "load_run", "open_store", "predict", "predict_image", "prepare", "simulate", "train"]
+__all__ = ["evaluate", "load_run", "open_store", "predict", "predict_image", "prepare", "refit", "simulate", "train"]
 
 PathLike = str | Path
 
@@ -124,13 +125,51 @@ def evaluate(
 ) -> Evaluation:
     """Judge a run on the held-out groups of a store and write the report; settings are those of `EvaluateConfig`.
 
-    Without `out` it goes to ``<run>/evaluation/<name of the store>``; an earlier evaluation there is replaced.
+    Without `out` it goes to ``<run>/evaluation/<name of the store>``; an earlier evaluation there is replaced. With
+    ``refit=True`` the run's configuration is first trained again for each fold of groups (see `refit`), by default in
+    ``<run>/evaluation/<name of the store>_refit``.
     """
     run, store = _opened(run, store)
-    out = Path(out) if out is not None else run.path / "evaluation" / store.path.stem
     config = _settings(EvaluateConfig, settings)
+    out = _evaluation_folder(run, store, out, config)
+    if config.refit:
+        refit(run, store, out, console=console, config=config)
     with _bar(console, "evaluate") as moved:
         return _evaluate(run, store, out, config, progress=moved)
+
+
+def refit(
+    run: Run | PathLike,
+    store: CellStore | PathLike,
+    out: PathLike | None = None,
+    *,
+    fold: int | None = None,
+    console: Console | None = None,
+    **settings: Any,
+) -> None:
+    """Train the models of a nested study that are not there yet, for ``evaluate(..., refit=True)`` to judge.
+
+    `fold` (from 1 on) trains that one alone, so that folds can run in processes of their own; an interrupted one goes
+    on where it stood.
+    """
+    run, store = _opened(run, store)
+    config = _settings(EvaluateConfig, settings)
+    shown = console or Console(quiet=True)
+
+    def fit(experiment: Experiment, folder: Path, resume: bool) -> None:
+        shown.rule(f"{folder.name.replace('_', ' ')}, without {experiment.split.by} {_names(experiment.split.test)}")
+        _train(experiment, folder, resume=resume, console=shown)
+
+    fit_folds(run, store, _evaluation_folder(run, store, out, config), config, fit, fold)
+
+
+def _evaluation_folder(run: Run, store: CellStore, out: PathLike | None, config: EvaluateConfig) -> Path:
+    name = f"{store.path.stem}_refit" if config.refit else store.path.stem
+    return Path(out) if out is not None else run.path / "evaluation" / name
+
+
+def _names(wish: float | tuple[str, ...]) -> str:
+    return ", ".join(wish) if isinstance(wish, tuple) else f"{wish:g}"
 
 
 def _opened(run: Run | PathLike, store: CellStore | PathLike) -> tuple[Run, CellStore]:

@@ -113,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-seen-groups", action="store_true", help="judge groups that trained the model, too: marked as leaking"
     )
 
+    evaluate.add_argument(
+        "--refit", action="store_true", help="nested: train again for each fold of groups, and judge every group"
+    )
+    evaluate.add_argument("--fold", type=int, help="with --refit: train this fold alone, from 1 on (one a process)")
+
     show = verbs.add_parser("config", help="print every setting of a command as YAML, checked and resolved")
     show.set_defaults(run=_show)
     show.add_argument("kind", choices=list(KINDS), help="the command whose settings to print")
@@ -184,8 +189,14 @@ def _predict(a: argparse.Namespace) -> None:
 def _evaluate(a: argparse.Namespace) -> None:
     from imgshared import api
 
-    seen = ["allow_seen_groups=true"] if a.allow_seen_groups else []
-    config = load(EvaluateConfig, a.config, [*a.settings, *seen])
+    flags = [f"{name}=true" for name in ("allow_seen_groups", "refit") if getattr(a, name)]
+    config = load(EvaluateConfig, a.config, [*a.settings, *flags])
+    if a.fold is not None:
+        if not config.refit:
+            raise InputError("--fold is one of a nested study's: it needs --refit")
+        api.refit(a.run_folder, a.store, a.out, fold=a.fold, console=_console(), config=config)
+        print(f"Fold {a.fold} is trained. Where all are, the same command without --fold judges them together.")
+        return
     print(api.evaluate(a.run_folder, a.store, a.out, console=_console(), config=config).report)
 
 

@@ -154,6 +154,11 @@ def test_from_images_to_report(capsys, tmp_path, monkeypatch):
     report = run / "evaluation" / "cells" / "report.html"
     assert all(marker in report.read_text() for marker in store.panel.proteins)
     assert "one class" in fails(capsys, "evaluate", "runs/tiny", "cells.zarr", "labels=[group]")
+    assert "it needs --refit" in fails(capsys, "evaluate", "runs/tiny", "cells.zarr", "--fold", 1)
+    assert main(["evaluate", "runs/tiny", "cells.zarr", "--allow-seen-groups", "bootstrap=100", "--out", "seen"]) == 0
+    assert "Leaking: do not cite" in (tmp_path / "seen" / "report.html").read_text()
+    assert main(["evaluate", "runs/tiny", "cells.zarr", "--refit", "--fold", "2", "folds=2", "--out", "nested"]) == 0
+    assert [p.name for p in (tmp_path / "nested" / "folds").iterdir()] == ["fold_2"]
 
 
 def test_a_full_disk_is_named_by_every_command(capsys, tmp_path, monkeypatch):

@@ -1,13 +1,13 @@
 """The classifier harness: how well is a label told from real, rebuilt and predicted stains, and from chromatin alone?
 
 With `train_on` "test", classifiers are fitted and tested in grouped folds among the held-out cells, which the imputer
-never saw; with "train", they learn from the imputer's training cells and are tested on the held-out. The classifiers
-are those of `matrix`.
+never saw; with "train", they learn from the imputer's training cells and are tested on the held-out; in a nested study
+they do so in each of its folds. The classifiers are those of `matrix`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ CONTRASTS = (
     (BOTH, f"chromatin + {ACROSS}"),  # of the same number of features: what the prediction adds to its source
     ("shared", "real"),
 )
+Turn = tuple[Part, Cells]
 ANSWERED = {"predicted": f"real{ARROW}predicted", WITHIN: f"real{ARROW}{WITHIN}", ACROSS: f"real{ARROW}{ACROSS}"}
 
 
@@ -71,14 +72,21 @@ class Classified:
 
 
 def classify(
-    test: Part, train: Part | None, panel: Panel, config: EvaluateConfig, progress: Callable[[str], None] | None = None
+    test: Part,
+    turns: Sequence[Turn],
+    panel: Panel,
+    config: EvaluateConfig,
+    progress: Callable[[str], None] | None = None,
 ) -> Classified:
     """Run the harness.
 
     Parameters
     ----------
-    test, train
-        The held-out cells, and the imputer's training cells where `config.train_on` is "train".
+    test
+        The held-out cells.
+    turns
+        (training cells of an imputer, rows of `test` that it never saw), a pair an imputer; none: classifiers learn in
+        folds among the held-out cells.
 
     Raises
     ------
@@ -87,9 +95,9 @@ def classify(
     """
     fold = config.fold or config.group
     refuse_broken_folds(test.obs, config.group, fold)
-    if train is not None:
+    for train, rows_of in turns:
         for unit in {fold, config.group}:
-            refuse_shared_groups(train.obs, test.obs, unit)
+            refuse_shared_groups(train.obs, test.obs.iloc[rows_of], unit)
     groups = test.obs[config.group].astype(str).to_numpy()
     rows: dict[str, list[Any]] = {
         name: [] for name in ("scores", "contrasts", "agreement", "controls", "probabilities")
@@ -98,20 +106,19 @@ def classify(
     for name in config.labels:
         label = read_label(test.obs, name, config.label_values)
         notes += _dropped(label)
-        _plan(label, np.flatnonzero(label.codes >= 0), test, train, None, config)  # refuse a hopeless label early
+        _plan(label, label.codes >= 0, test, turns, None, config)  # refuse a hopeless label early
         for marker in panel.proteins:
             channel = panel.index(marker)
-            cells = np.flatnonzero(_usable(label.codes, test, channel, panel))
             try:
-                plan = _plan(label, cells, test, train, (channel, panel), config)
+                plan = _plan(label, _usable(label.codes, test, channel, panel), test, turns, (channel, panel), config)
             except InputError as error:
                 notes.append(f"{name} from {marker}: left out ({error})")
                 continue
             for backend in config.classifiers:
-                case = Case(test, train or test, panel, marker, backend, len(label.classes), config)
+                case = Case(test, panel, marker, backend, len(label.classes), config)
                 row = {"label": name, "marker": marker, "backend": backend}
                 found: dict[str, Probabilities] = {}
-                for learn, tests in case.routes():
+                for learn, tests in case.routes(plan):
                     if progress:
                         progress(f"{name}: {marker} {' + '.join(learn)}, {backend}")
                     found |= case.probabilities(plan, learn, tests)
@@ -135,28 +142,37 @@ def _usable(codes: Cells, part: Part, channel: int, panel: Panel) -> NDArray[np.
 
 
 def _plan(
-    label: Label, cells: Cells, test: Part, train: Part | None, stain: tuple[int, Panel] | None, config: EvaluateConfig
+    label: Label,
+    wanted: NDArray[np.bool_],
+    test: Part,
+    turns: Sequence[Turn],
+    stain: tuple[int, Panel] | None,
+    config: EvaluateConfig,
 ) -> list[Fit]:
     """Return who is learnt from and who is tested, fit by fit."""
-    present = set(label.codes[cells])
-    if len(present) < 2:
+    cells = np.flatnonzero(wanted)
+    if len(set(label.codes[cells])) < 2:
         raise InputError(
             f"label {label.name!r} has one class among the {len(cells)} cells where the marker is measured"
         )
-    if train is None:
+    if not turns:
         fold = config.fold or config.group
         units = test.obs[fold].astype(str).to_numpy()
         pairs = grouped_folds(label, cells, units, fold, config.folds, config.seed)
-        return [Fit(learn, label.codes[learn], held, label.codes[held]) for learn, held in pairs]
-    known = read_label(train.obs, label.name, label.classes)
-    absent = [c for c in label.classes if c not in known.classes]
-    if absent:
-        raise InputError(f"label {label.name!r}: class {absent[0]!r} is in no training cell of the run")
-    usable = known.codes >= 0 if stain is None else _usable(known.codes, train, *stain)
-    learn = np.flatnonzero(usable)
-    if set(known.codes[learn]) != set(range(len(label.classes))):
-        raise InputError(f"label {label.name!r}: some class has no training cell where the marker is measured")
-    return [Fit(learn, known.codes[learn], cells, label.codes[cells])]
+        return [Fit(test, learn, label.codes[learn], held, label.codes[held]) for learn, held in pairs]
+    plan = []
+    for train, rows in turns:
+        known = read_label(train.obs, label.name, label.classes)
+        absent = [c for c in label.classes if c not in known.classes]
+        if absent:
+            raise InputError(f"label {label.name!r}: class {absent[0]!r} is in no training cell of the run")
+        learn = np.flatnonzero(known.codes >= 0 if stain is None else _usable(known.codes, train, *stain))
+        if set(known.codes[learn]) != set(range(len(label.classes))):
+            raise InputError(f"label {label.name!r}: some class has no training cell where the marker is measured")
+        held = rows[wanted[rows]]
+        if len(held):
+            plan.append(Fit(train, learn, known.codes[learn], held, label.codes[held]))
+    return plan
 
 
 def _score(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,36 @@ class Part:
     crops: dict[tuple[str, str], NDArray[np.float16]] = field(default_factory=dict)
     latents: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     fidelity: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+
+def join(parts: Sequence[Part]) -> Part:
+    """Put parts one after the other, but for the latents, which are of different models.
+
+    A stain that a part lacks is zero there, as where it is not measured.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    starts = np.cumsum([0, *(len(p.cells) for p in parts)])
+    tables = [p.fidelity.assign(position=p.fidelity["position"] + s) for p, s in zip(parts, starts, strict=False)]
+
+    def kept(name: str) -> dict[Any, Any]:
+        whole: dict[Any, Any] = {}
+        for p, start, end in zip(parts, starts, starts[1:], strict=False):
+            for key, values in getattr(p, name).items():
+                _rows(whole, key, int(starts[-1]), values.shape[1:], values.dtype)[start:end] = values
+        return whole
+
+    return Part(
+        np.concatenate([p.cells for p in parts]),
+        pd.concat([p.obs for p in parts]),
+        np.concatenate([p.measured for p in parts]),
+        kept("features"),
+        kept("morphology"),
+        kept("crops"),
+        {},
+        pd.concat(tables, ignore_index=True),
+    )
 
 
 def collect(

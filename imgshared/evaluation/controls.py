@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -22,19 +23,20 @@ def permute(case: Case, plan: Sequence[Fit]) -> Iterator[float]:
     count, seed = COUNT[case.backend], case.config.seed
     rows, truth = (np.concatenate([getattr(fit, name) for fit in plan]) for name in ("test", "truth"))
     tested = _trade(case, case.held, rows, truth, count, seed)
-    learnt = None
-    if case.learnt is not case.held:
-        learnt = _trade(case, case.learnt, plan[0].learn, plan[0].classes, count, seed + 1)
-    for k, codes in enumerate(tested):
+    learnt = [
+        tested if fit.source is case.held else _trade(case, fit.source, fit.learn, fit.classes, count, seed + 1 + i)
+        for i, fit in enumerate(plan)
+    ]
+    for k in range(min(len(tested), *map(len, learnt))):
         turned = [
-            Fit(fit.learn, codes[fit.learn] if learnt is None else learnt[k][fit.learn], fit.test, codes[fit.test])
-            for fit in plan
+            dataclasses.replace(fit, classes=mine[k][fit.learn], truth=tested[k][fit.test])
+            for fit, mine in zip(plan, learnt, strict=True)
         ]
         if any(len(np.unique(fit.classes)) < case.classes for fit in turned):
             continue  # a fold would lack a class
-        truth = np.concatenate([fit.truth for fit in turned])
+        told = np.concatenate([fit.truth for fit in turned])
         p = case.probabilities(turned, ("real",), [("real",)])["real"]
-        yield float(metrics.auroc(np.zeros(len(truth)), truth, p)(np.ones((1, 1)))[0])
+        yield float(metrics.auroc(np.zeros(len(told)), told, p)(np.ones((1, 1)))[0])
 
 
 def judge(permutations: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:

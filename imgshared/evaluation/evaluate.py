@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -13,34 +12,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from imgshared.config import EvaluateConfig
 from imgshared.data.panel import Panel
-from imgshared.data.split import column
 from imgshared.data.store import CellStore
 from imgshared.evaluation import fidelity, morphology, verdict
 from imgshared.evaluation.classify import classify
-from imgshared.evaluation.collect import Part, Predict, Progress, collect
-from imgshared.evaluation.features import typical_radius
-from imgshared.evaluation.floors import Floors
-from imgshared.evaluation.guard import Cohort, cohort
-from imgshared.evaluation.labels import (
-    check_values,
-    grouped_folds,
-    read_factor,
-    read_label,
-    refuse_broken_folds,
-)
+from imgshared.evaluation.collect import Part, Predict, Progress
+from imgshared.evaluation.labels import read_label
 from imgshared.evaluation.matrix import MATRIX
 from imgshared.evaluation.probes import probe
+from imgshared.evaluation.refit import nested
 from imgshared.evaluation.report import Shown, write_report
+from imgshared.evaluation.study import Study, study
 from imgshared.prediction import Run, predict_cells
-from imgshared.prediction.types import PredictedCells
-from imgshared.types import InputError
 
 LONG = ("cells", "features", "effects")  # tables that go to files of their own
-FLOOR_CELLS = 2000  # training cells for the floors where nothing else asks for more
 
 
 @dataclass(frozen=True)
@@ -117,7 +104,8 @@ def evaluate(
     run
         From `imgshared.prediction.load_run`.
     store
-        Cells with the columns that `config` names; the run's own split says which are held out.
+        Cells with the columns that `config` names; the run's own split says which are held out. With `config.refit`
+        the store that trained the run: its groups are judged by the imputers that `refit.fit_folds` left in `out`.
     progress
         Called with what is being done, how much of it is done, and of how much.
     predict
@@ -130,27 +118,25 @@ def evaluate(
         a group that the model has not seen.
     """
     say = progress or (lambda what, done, total: None)
-    _check_columns(store.obs, config)
-    who = cohort(run, store, config)
-    config = _resolve(config, store.obs.iloc[who.judged])
-    _check_labels(store.obs.iloc[who.judged], config)
-    train, test, make = _look(run, store, who, config, predict, say)
-    tables, probabilities, notes = _judge(run, train, test, config, say)
-    notes = [*_told_of(run, store, test, config), *notes]
+    out = Path(out)
+    looked = nested(run, store, out, config, say) if config.refit else study(run, store, config, predict, say)
+    tables, probabilities, notes = _judge(looked, say)
+    notes = [*_told_of(run, looked), *notes]
     summary = verdict.sentences(tables["stains"], tables["labels"], run.panel.chromatin)
     summary += verdict.differences(tables["conditions"])
 
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     for stale in ("metrics.json", *(f"{t}.csv" for t in LONG), "probabilities.parquet", "report.html"):
         (out / stale).unlink(missing_ok=True)  # of an earlier evaluation: results never mix
     say("report", 0, 1)
-    used = {"train": len(train.cells), "test": len(test.cells)}
-    shown = Shown(run, store, config, run.panel, test, tables, summary, notes, who, used)
-    report = write_report(shown, make, out / "report.html")
-    tables["cells"] = _cell_table(test, config)
-    plain: dict[str, Any] = {"leaks": who.leaks, "cautions": who.cautions, "summary": summary, "notes": notes}
-    plain |= {"cells": who.counts, "cells_used": used}
+    report = write_report(Shown(run, looked, tables, summary, notes), out / "report.html")
+    tables["cells"] = _cell_table(looked.test, looked.config)
+    plain: dict[str, Any] = {"leaks": looked.leaks, "cautions": looked.cautions, "summary": summary, "notes": notes}
+    plain["cells_used"] = {part: used for part, (used, _) in looked.counts().items()}
+    plain["cells"] = {part: total for part, (_, total) in looked.counts().items()}
+    plain["splits"] = [
+        {"by": s.by, **{p: list(getattr(s, p)) for p in ("train", "val", "test")}} for s in looked.splits
+    ]
     plain |= {name: _records(table) for name, table in tables.items() if name not in LONG}
     for name in LONG:
         if len(tables[name]):
@@ -163,8 +149,8 @@ def evaluate(
     return Evaluation(
         **tables,
         probabilities=probabilities,
-        leaks=who.leaks,
-        cautions=who.cautions,
+        leaks=looked.leaks,
+        cautions=looked.cautions,
         notes=notes,
         summary=summary,
         report=report,
@@ -172,43 +158,10 @@ def evaluate(
     )
 
 
-def _look(
-    run: Run, store: CellStore, who: Cohort, config: EvaluateConfig, predict: Predict, say: Progress
-) -> tuple[Part, Part, Predict]:
-    """Predict training cells, for the floors, and those to judge; also return how the latter are predicted."""
-    panel = run.panel
-    bound = [c for c in run.method.sources or () if c != panel.chromatin_index]
-    on_train = config.train_on == "train"
-    limit = config.max_cells
-    if not (on_train or config.labels or config.factors):
-        limit = min(FLOOR_CELLS, limit)
-    train_cells = _sample(who.train, limit, config.seed, run, who.source)
-    test_cells = _sample(who.judged, config.max_cells, config.seed, run, store)
-    by_features = bool(config.labels) and "features" in config.classifiers
-    radius = typical_radius(who.source.masks(train_cells)) if by_features else None
-    cnn = bool(config.labels) and "cnn" in config.classifiers
-    floors = Floors(len(panel), panel.chromatin_index, seed=config.seed)
-    train = collect(
-        partial(_predict, partial(predict, run, who.source), bound), who.source, panel, train_cells,
-        fit=floors, features=radius if on_train else None, crops=cnn and on_train,
-        progress=partial(say, "training cells"),
-    )  # fmt: skip
-    make = partial(_predict, partial(predict, run, store), bound)
-    test = collect(
-        make, store, panel, test_cells,
-        against=floors, features=radius, crops=cnn, progress=partial(say, "held-out cells"),
-    )  # fmt: skip
-    if test.fidelity.empty:
-        raise InputError(f"{store.path}: no protein of the model is measured in any held-out cell: nothing to judge")
-    test.fidelity["group"] = test.obs[config.group].astype(str).to_numpy()[test.fidelity["position"].to_numpy(int)]
-    return train, test, make
-
-
-def _judge(
-    run: Run, train: Part, test: Part, config: EvaluateConfig, say: Progress
-) -> tuple[dict[str, pd.DataFrame], pd.DataFrame, list[str]]:
+def _judge(looked: Study, say: Progress) -> tuple[dict[str, pd.DataFrame], pd.DataFrame, list[str]]:
     """Return the tables by name, the classifiers' probabilities, and notes."""
-    panel, boot = run.panel, {"n": config.bootstrap, "seed": config.seed}
+    panel, config, test = looked.run.panel, looked.config, looked.test
+    boot = {"n": config.bootstrap, "seed": config.seed}
     say("intervals", 0, 1)
     tables = {
         "fidelity": fidelity.summarise(test.fidelity, **boot),
@@ -218,17 +171,21 @@ def _judge(
     say("cell features", 0, 1)
     tables |= dict(zip(("features", "effects", "conditions"), _measure(test, panel, config), strict=True))
     fits = len(config.labels) * len(panel.proteins) * len(config.classifiers) * len(MATRIX)
-    learnt = train if config.train_on == "train" else None
-    told = classify(test, learnt, panel, config, _counter(say, "classifiers", fits))
+    told = classify(test, looked.turns, panel, config, _counter(say, "classifiers", fits))
     tables |= {"classifiers": told.scores, "contrasts": told.contrasts, "agreement": told.agreement}
     tables |= {"controls": told.controls, "labels": verdict.judge_labels(told.scores, told.contrasts, config.margin)}
-    targets = (len(config.labels) + len(config.factors)) * len(test.latents)
-    tables["probes"] = probe(train, test, config, _counter(say, "latent probes", targets))
+    tables["probes"] = pd.DataFrame()
+    if not looked.nested:
+        targets = (len(config.labels) + len(config.factors)) * len(test.latents)
+        tables["probes"] = probe(looked.looks[0].train, test, config, _counter(say, "latent probes", targets))
     return tables, told.probabilities, verdict.unsound(told.controls) + told.notes
 
 
-def _told_of(run: Run, store: CellStore, test: Part, config: EvaluateConfig) -> Iterator[str]:
+def _told_of(run: Run, looked: Study) -> Iterator[str]:
     """Say what a reader must know of the run and the store."""
+    store, config = looked.store, looked.config
+    if looked.nested:
+        yield "Each fold's model has latents of its own, which are not compared: latents are judged without --refit"
     if store.data_hash != run.contract.data_hash:
         yield f"{store.path} is not the store that trained the model; its groups are told apart by name alone"
     if run.experiment.unstained:
@@ -237,16 +194,8 @@ def _told_of(run: Run, store: CellStore, test: Part, config: EvaluateConfig) -> 
     if any(c != run.panel.chromatin_index for c in run.method.sources or ()):
         names = ", ".join(run.panel.markers[c] for c in run.method.sources or ())
         yield f"Predicted from {names}, which are not judged; read {names} for {run.panel.chromatin} as the source"
-    if len(set(test.fidelity["group"])) == 1:
+    if len(set(looked.test.fidelity["group"])) == 1:
         yield f"One value of {config.group!r} is held out: no interval can be given, verdicts rest on it alone"
-
-
-def _predict(predict: Predict, bound: list[int], cells: NDArray[np.intp], **wishes: bool) -> PredictedCells:
-    """Predict; a stain that the method is given, and so knows, is none to judge."""
-    done = predict(cells, **wishes)
-    measured = done.measured.copy()
-    measured[:, bound] = False
-    return dataclasses.replace(done, measured=measured)
 
 
 def _measure(test: Part, panel: Panel, config: EvaluateConfig) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -261,46 +210,6 @@ def _measure(test: Part, panel: Panel, config: EvaluateConfig) -> tuple[pd.DataF
 
 def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-
-
-def _resolve(config: EvaluateConfig, held_out: pd.DataFrame) -> EvaluateConfig:
-    """Decide where classifiers learn: too few held-out groups cannot be folded."""
-    if config.train_on != "auto":
-        return config
-    units = held_out[config.fold or config.group].nunique()
-    return dataclasses.replace(config, train_on="test" if units >= config.folds else "train")
-
-
-def _check_columns(obs: pd.DataFrame, config: EvaluateConfig) -> None:
-    for name in (*config.labels, config.group, *([config.fold] if config.fold else [])):
-        column(obs, name)
-    for name in config.factors:
-        read_factor(obs, name)
-    check_values(obs, config.labels, config.label_values)
-
-
-def _check_labels(test: pd.DataFrame, config: EvaluateConfig) -> None:
-    """Refuse hopeless labels before hours of prediction."""
-    fold = config.fold or config.group
-    if config.labels:
-        refuse_broken_folds(test, config.group, fold)
-    for name in config.labels:
-        label = read_label(test, name, config.label_values)
-        if config.train_on == "test":
-            cells = np.flatnonzero(label.codes >= 0)
-            grouped_folds(label, cells, test[fold].astype(str).to_numpy(), fold, config.folds, config.seed)
-
-
-def _sample(rows: NDArray[np.intp], limit: int, seed: int, run: Run, store: CellStore) -> NDArray[np.intp]:
-    """Draw at most `limit` of some cells, all of them with chromatin and the sources that the method is bound to."""
-    needed = list(dict.fromkeys([run.panel.chromatin, *(run.panel.markers[c] for c in run.method.sources or ())]))
-    channels = np.asarray(store.panel.indices(needed))
-    cells: NDArray[np.intp] = rows[store.measured[np.ix_(rows, channels)].all(1)]
-    if not len(cells):
-        raise InputError(f"{store.path}: none of the {len(rows)} cells to look at has {', '.join(needed)} measured")
-    if len(cells) <= limit:
-        return cells
-    return np.sort(np.random.default_rng(seed).choice(cells, limit, replace=False))
 
 
 def _cell_table(test: Part, config: EvaluateConfig) -> pd.DataFrame:

@@ -29,8 +29,6 @@ class Cohort:
         The store that holds the training cells: the judged one, or the one that trained the model.
     train, judged
         Rows of `source`, rows of the judged store.
-    counts
-        Cells by part of the run's split, "none" for groups that it does not know.
     leaks
         What the result may not be believed for, in sentences.
     cautions
@@ -40,7 +38,6 @@ class Cohort:
     source: CellStore
     train: NDArray[np.intp]
     judged: NDArray[np.intp]
-    counts: dict[str, int]
     leaks: list[str]
     cautions: list[str]
 
@@ -76,8 +73,7 @@ def cohort(run: Run, store: CellStore, config: EvaluateConfig) -> Cohort:
     source = store if (parts == "train").any() else _training_store(run, store)
     train = np.flatnonzero(run.split.assign(source.obs) == "train")
     leaks += _normaliser(run, source, train)
-    counts = {part: int((parts == part).sum()) for part in ("train", "val", "test", "none")}
-    return Cohort(source, train, np.flatnonzero(judged), counts, leaks, _scaled(store))
+    return Cohort(source, train, np.flatnonzero(judged), leaks, _scaled(store))
 
 
 def _shared(store: CellStore, seen: NDArray[np.bool_], judged: NDArray[np.bool_], config: EvaluateConfig) -> list[str]:

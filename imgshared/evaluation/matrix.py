@@ -51,12 +51,15 @@ class Fit:
 
     Parameters
     ----------
+    source
+        The part that is learnt from: the held-out cells themselves (of other groups), or the imputer's training cells.
     learn, classes
-        Rows of the part that is learnt from, and the class of each.
+        Rows of `source`, and the class of each.
     test, truth
         Rows of the held-out part, and the class of each.
     """
 
+    source: Part
     learn: Cells
     classes: Cells
     test: Cells
@@ -75,32 +78,31 @@ class Case:
 
     Parameters
     ----------
-    held, learnt
-        The held-out cells, and the part that classifiers learn from: the same one, or the imputer's training cells.
+    held
+        The held-out cells.
     classes
         Number of classes of the label.
     """
 
     held: Part
-    learnt: Part
     panel: Panel
     marker: str
     backend: str
     classes: int
     config: EvaluateConfig
 
-    def routes(self) -> Iterator[tuple[Inputs, list[Inputs]]]:
-        """Yield (what is learnt from, what is tested) of the matrix where both parts hold the inputs."""
+    def routes(self, plan: Sequence[Fit]) -> Iterator[tuple[Inputs, list[Inputs]]]:
+        """Yield (what is learnt from, what is tested) of the matrix where all parts hold the inputs."""
         for learn, tests in MATRIX.items():
             known = [t for t in tests if self._holds(self.held, t)]
-            if known and self._holds(self.learnt, learn):
+            if known and all(self._holds(fit.source, learn) for fit in plan):
                 yield learn, known
 
     def probabilities(self, plan: Sequence[Fit], learn: Inputs, tests: Sequence[Inputs]) -> dict[str, Probabilities]:
         """Class probabilities by classifier, (n, classes), of the test rows of every fit, one after the other."""
         found: list[list[Probabilities]] = [[] for _ in tests]
         for fit in plan:
-            x = self._values(self.learnt, learn, fit.learn, fit.classes)
+            x = self._values(fit.source, learn, fit.learn, fit.classes)
             given = [self._values(self.held, t, fit.test, fit.truth) for t in tests]
             p = self._fit(x, fit.classes, np.concatenate(given))
             for each, part in zip(found, np.split(p, len(tests)), strict=True):

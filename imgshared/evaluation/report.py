@@ -14,12 +14,11 @@ import pandas as pd
 
 from imgshared.config import EvaluateConfig, dump
 from imgshared.data.panel import Panel
-from imgshared.data.store import CellStore
 from imgshared.evaluation import figures, tables
-from imgshared.evaluation.collect import Part, Predict
+from imgshared.evaluation.collect import Part
 from imgshared.evaluation.figures import Example
-from imgshared.evaluation.guard import Cohort
 from imgshared.evaluation.matrix import BOTH
+from imgshared.evaluation.study import Study
 from imgshared.evaluation.verdict import ABSENT, CLEARS, NOT_INFERIOR
 from imgshared.prediction import Run
 from imgshared.training.log import read_metrics
@@ -35,18 +34,28 @@ class Shown:
     """Everything that the report shows."""
 
     run: Run
-    store: CellStore
-    config: EvaluateConfig
-    panel: Panel
-    test: Part
+    study: Study
     tables: dict[str, pd.DataFrame]
     summary: list[str]
     notes: list[str]
-    cohort: Cohort
-    used: dict[str, int]
+
+    @property
+    def config(self) -> EvaluateConfig:
+        """The settings."""
+        return self.study.config
+
+    @property
+    def panel(self) -> Panel:
+        """The model's markers."""
+        return self.run.panel
+
+    @property
+    def test(self) -> Part:
+        """The judged cells."""
+        return self.study.test
 
 
-def write_report(shown: Shown, predict: Predict, path: Path) -> Path:
+def write_report(shown: Shown, path: Path) -> Path:
     """Render the report; written beside, then renamed."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -55,14 +64,14 @@ def write_report(shown: Shown, predict: Predict, path: Path) -> Path:
     html = environment.get_template("report.html.j2").render(
         title=shown.run.path.name,
         chromatin=shown.panel.chromatin,
-        stamps=[("Leaking: do not cite", shown.cohort.leaks), ("Caution", shown.cohort.cautions)],
+        stamps=[("Leaking: do not cite", shown.study.leaks), ("Caution", shown.study.cautions)],
         summary=shown.summary,
         notes=shown.notes,
         cards=_cards(shown),
         stains=tables.stain_table(found["stains"]),
         labels=tables.label_table(found["labels"]),
         stain_forest=_stain_forest(shown),
-        galleries=_galleries(shown, predict),
+        galleries=_galleries(shown),
         intensities=_intensities(shown),
         fidelity=tables.fidelity_table(found["fidelity"]),
         groups=tables.group_table(found["groups"], shown.config.group),
@@ -80,7 +89,8 @@ def write_report(shown: Shown, predict: Predict, path: Path) -> Path:
         group=shown.config.group,
         probes=tables.probe_table(found["probes"]),
         maps=_maps(shown),
-        curves=figures.training_curves(read_metrics(shown.run.path)),
+        curves=None if shown.study.nested else figures.training_curves(read_metrics(shown.run.path)),
+        nested=shown.study.nested,
         provenance=_provenance(shown),
         config=dump(shown.config),
     )
@@ -121,7 +131,7 @@ def _label_forests(shown: Shown) -> list[tuple[str, str]]:
     return drawn
 
 
-def _galleries(shown: Shown, predict: Predict) -> list[tuple[str, str]]:
+def _galleries(shown: Shown) -> list[tuple[str, str]]:
     """Cells at stated percentiles of the per-cell Pearson, so that nobody chose them by eye."""
     table = shown.test.fidelity
     table = table[table["prediction"] == "predicted"]
@@ -136,14 +146,16 @@ def _galleries(shown: Shown, predict: Predict) -> list[tuple[str, str]]:
     positions = sorted({p for _, cells in chosen for p, _ in cells})
     if not positions:
         return []
-    done = predict(shown.test.cells[positions], full=False, shared=False)
+    done = shown.study.predict(positions)
     source = done.real[:, shown.panel.chromatin_index]
     drawn = []
     for marker, cells in chosen:
         channel = shown.panel.index(marker)
         at = [(positions.index(p), caption) for p, caption in cells]
         examples = [Example(source[i], done.real[i, channel], done.images["predicted"][i, channel], c) for i, c in at]
-        drawn.append((marker, figures.gallery(marker, shown.panel.chromatin, examples, shown.store.pixel_size_um)))
+        drawn.append(
+            (marker, figures.gallery(marker, shown.panel.chromatin, examples, shown.study.store.pixel_size_um))
+        )
     return drawn
 
 
@@ -200,16 +212,22 @@ def _cards(shown: Shown) -> list[tuple[str, str]]:
         told = labels[labels["verdict"] != ABSENT]
         kept = int((told["verdict"] == NOT_INFERIOR).sum())
         cards.append((f"{kept} of {len(told)}", "pairs of label and stain are told not inferior to the real stain"))
-    cards.append((f"{shown.used['test']:,}", f"held-out cells of {groups} {'group' if groups == 1 else 'groups'}"))
+    cards.append((f"{len(shown.test.cells):,}", f"held-out cells of {groups} {'group' if groups == 1 else 'groups'}"))
     return cards
 
 
 def _provenance(shown: Shown) -> list[tuple[str, str]]:
-    run, store, split = shown.run, shown.store, shown.run.split
+    run, study = shown.run, shown.study
+    store = study.store
     sampled = [
-        f"{part}: {shown.used[part]:,} of {total:,} cells"
-        + (f" (a random sample, seed {shown.config.seed})" if shown.used[part] < total else "")
-        for part, total in (("train", len(shown.cohort.train)), ("test", len(shown.cohort.judged)))
+        f"{part}: {used:,} of {total:,} cells"
+        + (f" (a random sample, seed {shown.config.seed})" if used < total else "")
+        for part, (used, total) in study.counts().items()
+    ]
+    splits = [
+        (f"fold {k}, {part}" if study.nested else f"split, {part}", ", ".join(getattr(split, part)) or "none")
+        for k, split in enumerate(study.splits, 1)
+        for part in ("train", "val", "test")
     ]
     size = store.pixel_size_um
     packages = ("imgshared", "torch", "numpy", "scikit-learn", "scikit-image", "timm")
@@ -222,8 +240,8 @@ def _provenance(shown: Shown) -> list[tuple[str, str]]:
             "crops",
             f"{store.crop_px} × {store.crop_px} px" + (f", {size:g} µm a pixel" if size else ", pixel size unknown"),
         ),
-        ("split by", split.by),
-        *((f"split, {part}", ", ".join(getattr(split, part)) or "none") for part in ("train", "val", "test")),
+        ("split by", run.split.by),
+        *splits,
         ("cells", "; ".join(sampled)),
         ("versions", ", ".join(f"{p} {version(p)}" for p in packages)),
         ("written", datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")),

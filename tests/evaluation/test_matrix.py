@@ -46,7 +46,7 @@ def auroc(found, given):
 
 
 def test_every_classifier_of_the_matrix_is_there_and_tells_what_it_can():
-    found = classify(part(chromatin=0.4), None, PANEL, CONFIG)
+    found = classify(part(chromatin=0.4), (), PANEL, CONFIG)
     named = {name_of(learn, t) for learn, tests in MATRIX.items() for t in tests} - {"full", "shared"}
     assert set(found.scores["input"]) == named
     assert set(found.scores["cells"]) == {N}
@@ -60,14 +60,14 @@ def test_every_classifier_of_the_matrix_is_there_and_tells_what_it_can():
 
 
 def test_agreement_beyond_the_label_is_the_cells_own():
-    kappa = classify(part(), None, PANEL, CONFIG).agreement.set_index("prediction")
+    kappa = classify(part(), (), PANEL, CONFIG).agreement.set_index("prediction")
     assert kappa.loc["predicted", "value"] > kappa.loc["swapped within label", "high"]
     assert kappa.loc["swapped within label", "value"] > 0.2 > kappa.loc["swapped", "high"]
 
 
 def test_swapped_predictions_come_from_the_same_rows_and_class():
     held = part()
-    case = Case(held, held, PANEL, "P", "features", 2, CONFIG)
+    case = Case(held, PANEL, "P", "features", 2, CONFIG)
     rows = np.arange(0, N, 3)
     codes = (held.obs["drug"] == "treated").to_numpy(int)[rows]
     own = held.features["P", "predicted"][rows]
@@ -85,13 +85,15 @@ def test_swapped_predictions_come_from_the_same_rows_and_class():
 def test_crops_stand_side_by_side_as_channels():
     held = part()
     held.crops = {("P", "predicted"): np.zeros((N, 8, 8), np.float16), ("DNA", "chromatin"): np.ones((N, 8, 8))}
-    case = Case(held, held, PANEL, "P", "cnn", 2, CONFIG)
+    case = Case(held, PANEL, "P", "cnn", 2, CONFIG)
     rows = np.arange(6)
     given = case._values(held, ("chromatin", "predicted"), rows, rows % 2)
     assert given.shape == (6, 2, 8, 8)
     assert given[:, 0].all()
     assert not given[:, 1].any()
-    assert next(learn for learn, _ in case.routes()) == ("predicted",)  # nothing real is kept
+    assert next(learn for learn, _ in case.routes([Fit(held, rows, rows % 2, rows, rows % 2)])) == (
+        "predicted",
+    )  # nothing real is kept
 
 
 def test_traded_labels_keep_groups_and_tell_little_of_the_truth():
@@ -105,7 +107,7 @@ def test_traded_labels_keep_groups_and_tell_little_of_the_truth():
 
 
 def test_controls_of_a_sound_study_are_at_chance():
-    found = classify(part(), None, PANEL, CONFIG)
+    found = classify(part(), (), PANEL, CONFIG)
     table = found.controls.set_index("control")
     assert set(table.index) == {"labels permuted across groups", "marker mean"}
     assert table["sound"].all()
@@ -113,7 +115,7 @@ def test_controls_of_a_sound_study_are_at_chance():
 
 
 def test_a_leak_through_what_should_be_constant_is_caught():
-    table = classify(part(leak=1.0), None, PANEL, CONFIG).controls.set_index("control")
+    table = classify(part(leak=1.0), (), PANEL, CONFIG).controls.set_index("control")
     assert not table.loc["marker mean", "sound"]
     assert table.loc["marker mean", "value"] > 0.9
 
@@ -125,16 +127,32 @@ def test_cells_that_tell_permuted_labels_are_caught():
     held.features["P", "real"] = rng.normal(size=(240, 400)).astype(np.float32)
     rows = np.arange(240)
     codes = (held.obs["drug"] == "treated").to_numpy(np.intp)
-    case = Case(held, held, PANEL, "P", "features", 2, CONFIG)
-    leaking = [Fit(rows, codes, rows, codes)]
+    case = Case(held, PANEL, "P", "features", 2, CONFIG)
+    leaking = [Fit(held, rows, codes, rows, codes)]
     values = list(controls.permute(case, leaking))
     assert len(values) == controls.COUNT["features"]
     table = controls.judge(pd.DataFrame({"label": "drug", "backend": "features", "value": values}), pd.DataFrame())
     assert not table["sound"].item()
 
 
+def test_classifiers_of_two_imputers_learn_from_their_own_training_cells():
+    """The second imputer's prediction is turned round: only its own training cells say so."""
+    held, first, second = part(), part(seed=1), part(seed=2)
+    rows = np.arange(N)
+    groups = held.obs["group"].str.split("_").str[1].astype(int).to_numpy()
+    late = groups >= GROUPS // 2
+    for one, where in ((second, slice(None)), (held, late)):
+        one.features["P", "predicted"][where] *= -1
+    both = classify(held, [(first, rows[~late]), (second, rows[late])], PANEL, CONFIG)
+    assert set(both.scores["cells"]) == {N}
+    assert auroc(both, "predicted") > 0.85
+    assert both.controls["sound"].all()
+    wrong = classify(held, [(first, rows[~late]), (first, rows[late])], PANEL, CONFIG)
+    assert auroc(wrong, "predicted") < 0.7
+
+
 def test_labels_are_traded_on_both_sides_where_classifiers_learn_from_training_cells():
-    found = classify(part(), part(seed=1), PANEL, CONFIG)
+    found = classify(part(), [(part(seed=1), np.arange(N))], PANEL, CONFIG)
     table = found.controls.set_index("control")
     assert table["sound"].all()
     assert auroc(found, "predicted") > 0.85

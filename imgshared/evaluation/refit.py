@@ -1,0 +1,137 @@
+"""The nested study: every group is judged by an imputer, normaliser and classifiers that never saw it.
+
+Outer folds hold whole groups out; in each, the run's configuration is trained again without them, and inner groups, of
+the remaining ones, stop the training and choose its checkpoint. Nothing of a group is seen before it is judged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+
+from imgshared.config import EvaluateConfig, Experiment
+from imgshared.data.split import Split, column, make_split
+from imgshared.data.store import CellStore
+from imgshared.evaluation.collect import Progress
+from imgshared.evaluation.guard import cohort
+from imgshared.evaluation.labels import read_label
+from imgshared.evaluation.study import Study, check_columns, joined, look
+from imgshared.prediction import Run, load_run, predict_cells
+from imgshared.types import InputError
+
+DONE = "done"  # a file in a fold's folder: its training came to its end
+
+
+def plan_folds(run: Run, store: CellStore, config: EvaluateConfig) -> list[Split]:
+    """Return the outer folds with their inner groups, stratified by the first label.
+
+    Raises
+    ------
+    InputError
+        For fewer groups than folds, a store that did not train the run, or a class that some fold could not learn.
+    """
+    if store.data_hash != run.contract.data_hash:
+        raise InputError(f"--refit trains {run.path} again, so it needs the store that trained it, not {store.path}")
+    if config.allow_seen_groups:
+        raise InputError("allow_seen_groups: a nested study judges every group by an imputer that never saw it anyway")
+    check_columns(store.obs, config)
+    wish = run.experiment.split
+    values = column(store.obs, wish.by).astype(str).to_numpy()
+    names = np.unique(values)
+    if len(names) < max(config.folds, 3):
+        raise InputError(
+            f"{config.folds} folds need {max(config.folds, 3)} values of {wish.by!r}, there are {len(names)} "
+            f"({', '.join(names[:6])}): train, inner and held-out groups must differ. Set folds lower, or split by "
+            "another column"
+        )
+    label = read_label(store.obs, config.labels[0], config.label_values) if config.labels else None
+    splitter = StratifiedGroupKFold(config.folds, shuffle=True, random_state=config.seed) if label else None
+    codes = label.codes if label else np.zeros(len(values))
+    pairs = (splitter or GroupKFold(config.folds)).split(values, codes, values)
+    share = wish.val if isinstance(wish.val, float) else len(wish.val) / len(names)
+    folds: list[Split] = []
+    for _, held in pairs:
+        test = sorted(set(values[held]))
+        rest = ~np.isin(values, test)
+        inner = max(share, 1 / len(names))  # some inner group must stop the training
+        split = make_split(
+            store.obs, by=wish.by, val=inner, test=test, stratify=wish.stratify, seed=run.experiment.seed + len(folds)
+        )
+        for name in config.labels:
+            _refuse_lacking(store, name, config, np.isin(values, split.train), rest, len(folds) + 1)
+        folds.append(split)
+    return folds
+
+
+def fit_folds(
+    run: Run,
+    store: CellStore,
+    out: Path,
+    config: EvaluateConfig,
+    train: Callable[[Experiment, Path, bool], None],
+    only: int | None = None,
+) -> None:
+    """Train the imputers that are not there yet, all or one of them.
+
+    Parameters
+    ----------
+    train
+        Called with (experiment, run folder, whether to resume).
+    only
+        A fold from 1 on; None: all.
+    """
+    folds = plan_folds(run, store, config)
+    if only is not None and not 1 <= only <= len(folds):
+        raise InputError(f"there is no fold {only}: folds count from 1 to {len(folds)}")
+    for k, split in enumerate(folds, 1):
+        folder = _folder(out, k)
+        if (folder / DONE).exists() or only not in (None, k):
+            continue
+        wish = dataclasses.replace(run.experiment.split, val=split.val, test=split.test)
+        train(dataclasses.replace(run.experiment, split=wish), folder, (folder / "config.yaml").exists())
+        (folder / DONE).touch()
+
+
+def nested(run: Run, store: CellStore, out: Path, config: EvaluateConfig, say: Progress) -> Study:
+    """Look at every group's cells through the imputer of its fold.
+
+    Raises
+    ------
+    InputError
+        Where a fold's training is of another plan: other folds, groups, seed or settings.
+    """
+    config = dataclasses.replace(config, train_on="train")
+    looks = []
+    for k, split in enumerate(plan_folds(run, store, config), 1):
+        imputer = load_run(_folder(out, k))
+        if imputer.split != split:
+            raise InputError(
+                f"{_folder(out, k)} was trained for other folds (it held out {', '.join(imputer.split.test)}, not "
+                f"{', '.join(split.test)}): choose another folder (--out), or remove it"
+            )
+        looks.append(look(imputer, store, cohort(imputer, store, config), config, predict_cells, say, f"fold {k}: "))
+    return joined(store, config, looks)
+
+
+def _folder(out: Path, k: int) -> Path:
+    return out / "folds" / f"fold_{k}"
+
+
+def _refuse_lacking(
+    store: CellStore, name: str, config: EvaluateConfig, train: NDArray[np.bool_], rest: NDArray[np.bool_], k: int
+) -> None:
+    """Refuse a label of which a fold could not learn every class: hours of training would end in nothing."""
+    label = read_label(store.obs, name, config.label_values)
+    for place, rows in (("remaining", rest), ("training", train)):
+        absent = set(range(len(label.classes))) - set(label.codes[rows])
+        if absent:
+            raise InputError(
+                f"label {name!r}: class {label.classes[min(absent)]!r} is in no {place} group of fold {k}. A class "
+                "that too few groups hold cannot be told from the groups: no honest split exists. Use fewer folds, "
+                "more groups, or split.stratify"
+            )

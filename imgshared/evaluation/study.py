@@ -1,0 +1,232 @@
+"""What an evaluation looks at: cells that an imputer never saw, predicted and described, and those it learnt from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from imgshared.config import EvaluateConfig
+from imgshared.data.split import Split, column
+from imgshared.data.store import CellStore
+from imgshared.evaluation.classify import Turn
+from imgshared.evaluation.collect import Part, Predict, Progress, collect, join
+from imgshared.evaluation.features import typical_radius
+from imgshared.evaluation.floors import Floors
+from imgshared.evaluation.guard import Cohort, cohort
+from imgshared.evaluation.labels import check_values, grouped_folds, read_factor, read_label, refuse_broken_folds
+from imgshared.prediction import Run
+from imgshared.prediction.types import PredictedCells
+from imgshared.types import InputError
+
+FLOOR_CELLS = 2000  # training cells for the floors where nothing else asks for more
+
+
+@dataclass(frozen=True)
+class Look:
+    """One imputer's cells.
+
+    Parameters
+    ----------
+    run, cohort
+        The imputer, and who is judged against whom.
+    train, test
+        What was kept of them.
+    make
+        Predicts cells of the judged store, called with (cells, full=..., shared=...).
+    """
+
+    run: Run
+    cohort: Cohort
+    train: Part
+    test: Part
+    make: Predict
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that is judged together: the cells of one imputer, or in a nested study of one a fold.
+
+    Parameters
+    ----------
+    store
+        The judged store.
+    config
+        With `train_on` decided.
+    looks
+        One an imputer.
+    test
+        Their held-out cells, one after the other.
+    """
+
+    store: CellStore
+    config: EvaluateConfig
+    looks: Sequence[Look]
+    test: Part
+
+    @property
+    def nested(self) -> bool:
+        """Whether an imputer was trained for each fold."""
+        return len(self.looks) > 1
+
+    @property
+    def run(self) -> Run:
+        """The imputer, in a nested study the first one."""
+        return self.looks[0].run
+
+    @property
+    def turns(self) -> list[Turn]:
+        """Training cells of each imputer with the rows of `test` that it never saw; none: folds among `test`."""
+        if self.config.train_on != "train":
+            return []
+        ends = np.cumsum([0, *(len(look.test.cells) for look in self.looks)])
+        return [(look.train, np.arange(*ends[k : k + 2])) for k, look in enumerate(self.looks)]
+
+    @property
+    def leaks(self) -> list[str]:
+        """See `guard.Cohort`, each said once."""
+        return list(dict.fromkeys(leak for look in self.looks for leak in look.cohort.leaks))
+
+    @property
+    def cautions(self) -> list[str]:
+        """See `guard.Cohort`, each said once."""
+        return list(dict.fromkeys(caution for look in self.looks for caution in look.cohort.cautions))
+
+    @property
+    def splits(self) -> list[Split]:
+        """Who trained, stopped the training and was judged, an imputer."""
+        return [look.run.split for look in self.looks]
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Cells looked at and cells there are, by part, over all imputers."""
+        each = (("train", "train"), ("test", "judged"))
+        return {
+            part: (
+                sum(len(getattr(look, part).cells) for look in self.looks),
+                sum(len(getattr(look.cohort, name)) for look in self.looks),
+            )
+            for part, name in each
+        }
+
+    def predict(self, positions: Sequence[int]) -> PredictedCells:
+        """Predict some cells, given by their rows of `test`, each by the imputer that never saw it."""
+        starts = np.cumsum([0, *(len(look.test.cells) for look in self.looks)])
+        whose = np.searchsorted(starts, positions, side="right") - 1
+        done = [
+            (
+                np.flatnonzero(whose == k),
+                look.make(self.test.cells[np.asarray(positions)[whose == k]], full=False, shared=False),
+            )
+            for k, look in enumerate(self.looks)
+            if (whose == k).any()
+        ]
+        order = np.argsort(np.concatenate([at for at, _ in done]))
+        return dataclasses.replace(
+            done[0][1],
+            cells=np.concatenate([d.cells for _, d in done])[order],
+            real=np.concatenate([d.real for _, d in done])[order],
+            images={"predicted": np.concatenate([d.images["predicted"] for _, d in done])[order]},
+        )
+
+
+def study(run: Run, store: CellStore, config: EvaluateConfig, predict: Predict, say: Progress) -> Study:
+    """Look at the held-out cells of one imputer.
+
+    Raises
+    ------
+    InputError
+        See `evaluate.evaluate`.
+    """
+    check_columns(store.obs, config)
+    who = cohort(run, store, config)
+    held = store.obs.iloc[who.judged]
+    if config.train_on == "auto":  # too few held-out groups cannot be folded
+        enough = held[config.fold or config.group].nunique() >= config.folds
+        config = dataclasses.replace(config, train_on="test" if enough else "train")
+    _check_labels(held, config)
+    looked = look(run, store, who, config, predict, say)
+    return Study(store, config, [looked], looked.test)
+
+
+def joined(store: CellStore, config: EvaluateConfig, looks: Sequence[Look]) -> Study:
+    """Judge the held-out cells of several imputers together."""
+    return Study(store, config, looks, join([one.test for one in looks]))
+
+
+def look(
+    run: Run, store: CellStore, who: Cohort, config: EvaluateConfig, predict: Predict, say: Progress, what: str = ""
+) -> Look:
+    """Predict training cells, for the floors, and those to judge."""
+    panel = run.panel
+    bound = [c for c in run.method.sources or () if c != panel.chromatin_index]
+    on_train = config.train_on == "train"
+    limit = config.max_cells
+    if not (on_train or config.labels or config.factors):
+        limit = min(FLOOR_CELLS, limit)
+    train_cells = _sample(who.train, limit, config.seed, run, who.source)
+    test_cells = _sample(who.judged, config.max_cells, config.seed, run, store)
+    by_features = bool(config.labels) and "features" in config.classifiers
+    radius = typical_radius(who.source.masks(train_cells)) if by_features else None
+    cnn = bool(config.labels) and "cnn" in config.classifiers
+    floors = Floors(len(panel), panel.chromatin_index, seed=config.seed)
+    train = collect(
+        partial(_predict, partial(predict, run, who.source), bound), who.source, panel, train_cells,
+        fit=floors, features=radius if on_train else None, crops=cnn and on_train,
+        progress=partial(say, f"{what}training cells"),
+    )  # fmt: skip
+    make = partial(_predict, partial(predict, run, store), bound)
+    test = collect(
+        make, store, panel, test_cells,
+        against=floors, features=radius, crops=cnn, progress=partial(say, f"{what}held-out cells"),
+    )  # fmt: skip
+    if test.fidelity.empty:
+        raise InputError(f"{store.path}: no protein of the model is measured in any held-out cell: nothing to judge")
+    test.fidelity["group"] = test.obs[config.group].astype(str).to_numpy()[test.fidelity["position"].to_numpy(int)]
+    return Look(run, who, train, test, make)
+
+
+def check_columns(obs: pd.DataFrame, config: EvaluateConfig) -> None:
+    """Refuse columns and values that are not there."""
+    for name in (*config.labels, config.group, *([config.fold] if config.fold else [])):
+        column(obs, name)
+    for name in config.factors:
+        read_factor(obs, name)
+    check_values(obs, config.labels, config.label_values)
+
+
+def _check_labels(test: pd.DataFrame, config: EvaluateConfig) -> None:
+    """Refuse hopeless labels before hours of prediction."""
+    fold = config.fold or config.group
+    if config.labels:
+        refuse_broken_folds(test, config.group, fold)
+    for name in config.labels:
+        label = read_label(test, name, config.label_values)
+        if config.train_on == "test":
+            cells = np.flatnonzero(label.codes >= 0)
+            grouped_folds(label, cells, test[fold].astype(str).to_numpy(), fold, config.folds, config.seed)
+
+
+def _predict(predict: Predict, bound: list[int], cells: NDArray[np.intp], **wishes: Any) -> PredictedCells:
+    """Predict; a stain that the method is given, and so knows, is none to judge."""
+    done = predict(cells, **wishes)
+    measured = done.measured.copy()
+    measured[:, bound] = False
+    return dataclasses.replace(done, measured=measured)
+
+
+def _sample(rows: NDArray[np.intp], limit: int, seed: int, run: Run, store: CellStore) -> NDArray[np.intp]:
+    """Draw at most `limit` of some cells, all of them with chromatin and the sources that the method is bound to."""
+    needed = list(dict.fromkeys([run.panel.chromatin, *(run.panel.markers[c] for c in run.method.sources or ())]))
+    channels = np.asarray(store.panel.indices(needed))
+    cells: NDArray[np.intp] = rows[store.measured[np.ix_(rows, channels)].all(1)]
+    if not len(cells):
+        raise InputError(f"{store.path}: none of the {len(rows)} cells to look at has {', '.join(needed)} measured")
+    if len(cells) <= limit:
+        return cells
+    return np.sort(np.random.default_rng(seed).choice(cells, limit, replace=False))
