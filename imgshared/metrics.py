@@ -93,6 +93,12 @@ def mean(groups: ArrayLike, values: ArrayLike) -> Statistic:
     return lambda counts: _ratio(*(counts @ sums).T)
 
 
+def ratio(groups: ArrayLike, part: ArrayLike, whole: ArrayLike) -> Statistic:
+    """Sum of one value over the sum of another, over cells; NaN where the latter is 0."""
+    sums = _sums(groups, np.column_stack([np.asarray(part, np.float64), np.asarray(whole, np.float64)]))
+    return lambda counts: _ratio(*(counts @ sums).T)
+
+
 def correlation(groups: ArrayLike, a: ArrayLike, b: ArrayLike, *, ranks: bool = False) -> Statistic:
     """Pearson correlation across cells, or Spearman's with `ranks` (taken once, over all cells); NaN for constants."""
     x, y = (rankdata(v) if ranks else np.asarray(v, np.float64) for v in (a, b))

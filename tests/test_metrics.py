@@ -118,6 +118,12 @@ def test_scores_match_independent_references():
     assert value(groups, metrics.auroc(groups, two, both)) == pytest.approx(roc_auc_score(two, both[:, 1]))
 
 
+def test_a_ratio_is_of_sums_not_a_mean_of_ratios():
+    groups, part, whole = np.array([0, 0, 1]), np.array([1, 0, 3]), np.array([2, 0, 3])
+    assert value(groups, metrics.ratio(groups, part, whole)) == pytest.approx(4 / 5)
+    assert np.isnan(value(groups, metrics.ratio(groups, part, 0 * whole)))
+
+
 def test_kappa_is_cohens_and_counts_drawn_groups():
     groups, a, b = np.arange(200) % 4, rng.integers(3, size=200), rng.integers(3, size=200)
     b = np.where(rng.random(200) < 0.5, a, b)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore
 from imgshared.evaluation import fidelity
+from imgshared.evaluation.checks import Bright, Maps, check
 from imgshared.evaluation.features import central_frame, extent_features, frame, shape_features, stain_features
 from imgshared.evaluation.floors import Floors
 from imgshared.prediction.types import PredictedCells
@@ -47,8 +48,10 @@ class Part:
         (n, Y, X) float16 by (marker, input), only where a network is to read them.
     latents
         (n, D) by name, e.g. ``z_s [DNA]``, ``z_m [LaminB1]``; NaN where not measured.
-    fidelity
-        See `fidelity.compare`; `position` counts within this part.
+    fidelity, checks
+        See `fidelity.compare` and `checks.check`; `position` counts within this part.
+    maps
+        `checks.Maps` by marker.
     """
 
     cells: NDArray[np.intp]
@@ -59,6 +62,8 @@ class Part:
     crops: dict[tuple[str, str], NDArray[np.float16]] = field(default_factory=dict)
     latents: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     fidelity: pd.DataFrame = field(default_factory=pd.DataFrame)
+    checks: pd.DataFrame = field(default_factory=pd.DataFrame)
+    maps: dict[str, Maps] = field(default_factory=dict)
 
 
 def join(parts: Sequence[Part]) -> Part:
@@ -70,7 +75,15 @@ def join(parts: Sequence[Part]) -> Part:
     if len(parts) == 1:
         return first
     starts = np.cumsum([0, *(len(p.cells) for p in parts)])
-    tables = [p.fidelity.assign(position=p.fidelity["position"] + s) for p, s in zip(parts, starts, strict=False)]
+
+    def table(name: str) -> pd.DataFrame:
+        each = [(getattr(p, name), start) for p, start in zip(parts, starts, strict=False) if len(getattr(p, name))]
+        moved = [t.assign(position=t["position"] + start) for t, start in each]
+        return pd.concat(moved, ignore_index=True) if moved else pd.DataFrame()
+
+    maps: dict[str, Maps] = {}
+    for marker, of in ((m, x) for p in parts for m, x in p.maps.items()):
+        maps[marker] = maps[marker] + of if marker in maps else of
 
     def kept(name: str) -> dict[Any, Any]:
         whole: dict[Any, Any] = {}
@@ -86,8 +99,9 @@ def join(parts: Sequence[Part]) -> Part:
         kept("features"),
         kept("morphology"),
         kept("crops"),
-        {},
-        pd.concat(tables, ignore_index=True),
+        fidelity=table("fidelity"),
+        checks=table("checks"),
+        maps=maps,
     )
 
 
@@ -99,6 +113,7 @@ def collect(
     *,
     fit: Floors | None = None,
     against: Floors | None = None,
+    bright: Bright | None = None,
     features: float | None = None,
     crops: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -113,6 +128,8 @@ def collect(
         Floors that take these (training) cells in.
     against
         Fitted floors to compare these (test) cells with; fills `Part.fidelity` and `Part.morphology`.
+    bright
+        Takes in the cells that `fit` takes; with `against`, fills `Part.checks` and `Part.maps`.
     features
         Radius in px of the frame in which the features of every input are measured; None: no features.
     crops
@@ -128,10 +145,14 @@ def collect(
         _keep_latents(part, done, rows)
         if fit is not None:
             fit.add(done.real, done.measured)
+            if bright is not None:
+                bright.add(done.real, done.measured)
         if against is not None:
             tables.append(fidelity.compare(done, panel.markers, panel.chromatin_index, against))
             tables[-1]["position"] += start
             _keep_morphology(part, done, rows, panel)
+            if bright is not None:
+                _keep_checks(part, done, start, panel, bright)
         if features is not None:
             _keep_features(part, done, rows, panel, features)
         if crops:
@@ -170,6 +191,15 @@ def _keep_morphology(part: Part, done: PredictedCells, rows: slice, panel: Panel
         if key[1] in COMPARED:
             values = np.hstack([stain_features(images, where), extent_features(images, where)])
             _rows(part.morphology, key, len(part.cells), values.shape[1:], np.float32)[rows] = values
+
+
+def _keep_checks(part: Part, done: PredictedCells, start: int, panel: Panel, bright: Bright) -> None:
+    tables = [part.checks] if len(part.checks) else []
+    for table, maps in check(done, panel.markers, panel.chromatin_index, bright):
+        marker = table["marker"].iloc[0]
+        tables.append(table.assign(position=table["position"] + start))
+        part.maps[marker] = part.maps[marker] + maps if marker in part.maps else maps
+    part.checks = pd.concat(tables, ignore_index=True) if tables else part.checks
 
 
 def _keep_features(part: Part, done: PredictedCells, rows: slice, panel: Panel, radius: float) -> None:

@@ -16,7 +16,7 @@ import pandas as pd
 from imgshared.config import EvaluateConfig
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore
-from imgshared.evaluation import fidelity, morphology, verdict
+from imgshared.evaluation import checks, fidelity, morphology, verdict
 from imgshared.evaluation.classify import classify
 from imgshared.evaluation.collect import Part, Predict, Progress
 from imgshared.evaluation.labels import read_label
@@ -42,6 +42,8 @@ class Evaluation:
         See `fidelity.by_group`.
     stains
         Gain of each predicted stain over the floors, with a verdict.
+    checks
+        See `checks.summarise`: objects found and invented, detail, whether the source matters.
     cells
         One row a cell and measured protein: cell_id, image, group, labels, marker, l1, pearson, ssim, intensities.
     features, effects, conditions
@@ -69,6 +71,7 @@ class Evaluation:
     fidelity: pd.DataFrame
     groups: pd.DataFrame
     stains: pd.DataFrame
+    checks: pd.DataFrame
     cells: pd.DataFrame
     features: pd.DataFrame
     effects: pd.DataFrame
@@ -168,6 +171,7 @@ def _judge(looked: Study, say: Progress) -> tuple[dict[str, pd.DataFrame], pd.Da
         "groups": fidelity.by_group(test.fidelity),
         "stains": verdict.judge_stains(fidelity.against_floors(test.fidelity, **boot)),
     }
+    tables["checks"] = checks.summarise(test.checks, **boot)
     say("cell features", 0, 1)
     tables |= dict(zip(("features", "effects", "conditions"), _measure(test, panel, config), strict=True))
     fits = len(config.labels) * len(panel.proteins) * len(config.classifiers) * len(MATRIX)
@@ -218,7 +222,11 @@ def _cell_table(test: Part, config: EvaluateConfig) -> pd.DataFrame:
     about = test.obs[[c for c in wanted if c in test.obs]].iloc[table["position"].to_numpy(int)]
     scores = table[["marker", "l1", "pearson", "ssim", "intensity_real", "intensity_predicted"]]
     about = about.rename_axis("cell_id").reset_index()
-    return pd.concat([about, scores.reset_index(drop=True)], axis=1)
+    table = pd.concat([about, scores.reset_index(drop=True)], axis=1)
+    if len(test.checks):
+        found = test.checks.assign(cell_id=test.obs.index[test.checks["position"].to_numpy(int)])
+        table = table.merge(found[["cell_id", "marker", *checks.COLUMNS]], on=["cell_id", "marker"], how="left")
+    return table
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

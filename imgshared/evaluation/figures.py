@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from imgshared.evaluation.checks import Maps
+
 INK, SOFT, RULE = "#1d2433", "#6b7280", "#d8dce3"
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"  # Okabe-Ito
 COLOURS = {
@@ -92,6 +94,35 @@ def gallery(marker: str, source: str, examples: Sequence[Example], pixel_size_um
     figure.text((left + 4 * (side + gap) - gap) / total[0], 0.1 / total[1], span, ha="right", fontsize=8.5, color=SOFT)
     figure.text(0.06 / total[0], 1 - 0.2 / total[1], marker, fontsize=11, color=INK, fontweight="bold")
     return encode(figure, dpi=150)
+
+
+def contradictions(maps: Mapping[str, Maps], most: int = 12) -> str:
+    """Show where predictions contradict real stains: a row a marker, means over cells about the nucleus's centre.
+
+    Mean real and predicted picture at one contrast, their difference, and the share of cells in which a pixel belongs
+    to a real object that the prediction has not (missed), and the reverse (invented), both from 0 to 1/2.
+    """
+    chosen = list(maps.items())[:most]
+    titles = ("mean real", "mean predicted", "predicted − real", "missed", "invented")
+    figure = Figure((1.3 * len(titles) + 1.1, 1.36 * len(chosen) + 0.35), facecolor="white", layout="constrained")
+    grid = figure.subplots(len(chosen), len(titles), squeeze=False)
+    for axes, (marker, m) in zip(grid, chosen, strict=True):
+        real, predicted = m.real / m.cells, m.predicted / m.cells
+        low, high = float(real.min()), max(float(real.max()), float(real.min()) + 1e-3)
+        gap = predicted - real
+        width = (high - low) / 2
+        pictures = (
+            (real, "gray", low, high), (predicted, "gray", low, high), (gap, "PuOr", -width, width),
+            (m.missed / m.cells, "viridis", 0, 0.5), (m.invented / m.cells, "viridis", 0, 0.5),
+        )  # fmt: skip
+        for ax, (image, colours, vmin, vmax) in zip(axes, pictures, strict=True):
+            ax.imshow(image, cmap=colours, vmin=vmin, vmax=vmax, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            ax.set_frame_on(False)
+        axes[0].set_ylabel(marker, **STYLE)
+    for ax, title in zip(grid[0], titles, strict=True):
+        ax.set_title(title, pad=5, fontsize=9.5, color=INK)
+    return encode(figure)
 
 
 def _scale_bar(

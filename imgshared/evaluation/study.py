@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from imgshared.config import EvaluateConfig
 from imgshared.data.split import Split, column
 from imgshared.data.store import CellStore
+from imgshared.evaluation.checks import Bright
 from imgshared.evaluation.classify import Turn
 from imgshared.evaluation.collect import Part, Predict, Progress, collect, join
 from imgshared.evaluation.features import typical_radius
@@ -175,19 +176,23 @@ def look(
     radius = typical_radius(who.source.masks(train_cells)) if by_features else None
     cnn = bool(config.labels) and "cnn" in config.classifiers
     floors = Floors(len(panel), panel.chromatin_index, seed=config.seed)
+    bright = Bright(len(panel), seed=config.seed)
     train = collect(
         partial(_predict, partial(predict, run, who.source), bound), who.source, panel, train_cells,
-        fit=floors, features=radius if on_train else None, crops=cnn and on_train,
+        fit=floors, bright=bright, features=radius if on_train else None, crops=cnn and on_train,
         progress=partial(say, f"{what}training cells"),
     )  # fmt: skip
     make = partial(_predict, partial(predict, run, store), bound)
     test = collect(
         make, store, panel, test_cells,
-        against=floors, features=radius, crops=cnn, progress=partial(say, f"{what}held-out cells"),
+        against=floors, bright=bright, features=radius, crops=cnn, progress=partial(say, f"{what}held-out cells"),
     )  # fmt: skip
     if test.fidelity.empty:
         raise InputError(f"{store.path}: no protein of the model is measured in any held-out cell: nothing to judge")
-    test.fidelity["group"] = test.obs[config.group].astype(str).to_numpy()[test.fidelity["position"].to_numpy(int)]
+    groups = test.obs[config.group].astype(str).to_numpy()
+    for table in (test.fidelity, test.checks):
+        if len(table):
+            table["group"] = groups[table["position"].to_numpy(int)]
     return Look(run, who, train, test, make)
 
 

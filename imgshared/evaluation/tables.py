@@ -128,6 +128,19 @@ def fidelity_table(fidelity: pd.DataFrame) -> Table:
     return ["stain", "prediction", *SCORES.values(), "cells", "groups"], rows
 
 
+def check_table(table: pd.DataFrame) -> Table | None:
+    """What predictions invent, miss, blur or ignore, a row a stain; None without any."""
+    if table.empty:
+        return None
+    head = {"objects": "real objects a cell", "found": "found again", "invented": "invented", "detail": "detail",
+            "own": "own source, gain in r", "moves": "varies between cells"}  # fmt: skip
+    rows = []
+    for marker, part in table.groupby("marker", sort=False):
+        scores = part.set_index("score")
+        rows.append([_text(marker), *(_value(scores.loc[name]) for name in head), _count(int(part["cells"].iloc[0]))])
+    return ["stain", *head.values(), "cells"], rows
+
+
 def group_table(table: pd.DataFrame, group: str) -> Table:
     """The same scores by group."""
     rows = [

@@ -57,6 +57,12 @@ def test_evaluation_of_planted_signals(done, tmp_path, world, run):
     assert rim.loc["predicted", "low"] <= rim.loc["predicted", "value"] <= rim.loc["predicted", "high"]
     assert rim.loc["predicted", "cells"] == held.sum()
 
+    # The prediction of Foci is blind to the switch, but not to the cell; nothing is made of nothing.
+    checks = done.checks.set_index(["marker", "score"])["value"]
+    assert checks["Rim", "found"] > 0.9 > 0.1 > checks["Rim", "invented"]
+    assert checks["Rim", "own"] > 0.1
+    assert checks["Foci", "moves"] < checks["Rim", "moves"] < 1.1
+
     # Probes: size is shared, the switch is Foci's own.
     probes = done.probes.set_index(["latent", "target", "score"])["value"]
     assert probes["z_s [DNA]", "size", "r2"] > 0.9
