@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from imgshared.data.simulate import simulate as _simulate
 from imgshared.data.store import CellStore
 from imgshared.evaluation.evaluate import Evaluation
 from imgshared.evaluation.evaluate import evaluate as _evaluate
+from imgshared.evaluation.imputability import assess, warnings_of
 from imgshared.evaluation.refit import fit_folds
 from imgshared.prediction import Run, load_run, predict_image
 from imgshared.prediction import predict as _predict
@@ -89,8 +91,13 @@ def train(
     if out is None:
         name = experiment.method.name if isinstance(config, Experiment) else Path(config).stem
         out = Path("runs") / name
-    _train(experiment, Path(out), resume=resume, console=console or Console())
-    return load_run(out)
+    console = console or Console()
+    _train(experiment, Path(out), resume=resume, console=console)
+    run = load_run(out)
+    if assess(run, CellStore(experiment.data)):
+        for warning in warnings_of(run, run.panel.markers):
+            console.print(f"imputability, on the validation groups: {warning}", highlight=False, soft_wrap=True)
+    return run
 
 
 def predict(
@@ -104,11 +111,17 @@ def predict(
 ) -> Path:
     """Predict a store's unmeasured stains into a new store; settings are those of `PredictConfig`.
 
-    Without `out` it goes to ``<run>/predictions/<name of the store>.zarr``.
+    Without `out` it goes to ``<run>/predictions/<name of the store>.zarr``. Warns of markers that the run's validation
+    groups speak against (`imputability.json` in its folder).
     """
     run, store = _opened(run, store)
     out = Path(out) if out is not None else run.path / "predictions" / f"{store.path.stem}.zarr"
     config = _settings(PredictConfig, settings)
+    for warning in warnings_of(run, config.markers or run.panel.proteins):
+        if console is None:
+            warnings.warn(warning, stacklevel=2)
+        else:
+            console.print(f"imgshared: warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
     with _bar(console, "predict") as moved:
         return _predict(
             run, store, out, config, overwrite=overwrite, progress=lambda done, total: moved("predict", done, total)

@@ -16,7 +16,7 @@ import pandas as pd
 from imgshared.config import EvaluateConfig
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore
-from imgshared.evaluation import checks, fidelity, morphology, verdict
+from imgshared.evaluation import checks, fidelity, imputability, morphology, verdict
 from imgshared.evaluation.classify import classify
 from imgshared.evaluation.collect import Part, Predict, Progress
 from imgshared.evaluation.labels import read_label
@@ -42,6 +42,8 @@ class Evaluation:
         See `fidelity.by_group`.
     stains
         Gain of each predicted stain over the floors, with a verdict.
+    imputability
+        See `imputability.imputability`.
     checks
         See `checks.summarise`: objects found and invented, detail, whether the source matters.
     cells
@@ -71,6 +73,7 @@ class Evaluation:
     fidelity: pd.DataFrame
     groups: pd.DataFrame
     stains: pd.DataFrame
+    imputability: pd.DataFrame
     checks: pd.DataFrame
     cells: pd.DataFrame
     features: pd.DataFrame
@@ -171,6 +174,8 @@ def _judge(looked: Study, say: Progress) -> tuple[dict[str, pd.DataFrame], pd.Da
         "groups": fidelity.by_group(test.fidelity),
         "stains": verdict.judge_stains(fidelity.against_floors(test.fidelity, **boot)),
     }
+    shown = imputability.shown(looked.run, looked.looks[0].cohort.source)
+    tables["imputability"] = imputability.imputability(test.fidelity, shown, **boot)
     tables["checks"] = checks.summarise(test.checks, **boot)
     say("cell features", 0, 1)
     tables |= dict(zip(("features", "effects", "conditions"), _measure(test, panel, config), strict=True))

@@ -69,6 +69,7 @@ def write_report(shown: Shown, path: Path) -> Path:
         notes=shown.notes,
         cards=_cards(shown),
         stains=tables.stain_table(found["stains"]),
+        imputability=tables.imputability_table(found["imputability"]),
         labels=tables.label_table(found["labels"]),
         stain_forest=_stain_forest(shown),
         galleries=_galleries(shown),

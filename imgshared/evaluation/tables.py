@@ -128,6 +128,21 @@ def fidelity_table(fidelity: pd.DataFrame) -> Table:
     return ["stain", "prediction", *SCORES.values(), "cells", "groups"], rows
 
 
+def imputability_table(table: pd.DataFrame) -> Table:
+    """The share of each stain's variation that is recovered on unseen groups, and why not more."""
+    rows = []
+    for r in table.to_dict("records"):
+        cells = [_text(r["marker"])]
+        for name in ("image", "intensity"):
+            value = {k: r.get(f"{name}{end}", np.nan) for k, end in (("value", ""), ("low", "_low"), ("high", "_high"))}
+            cells.append(_value(value, heat=(0.0, 1.0)))
+        cells += [_number(r["within"]), _number(r["rebuilt"]), _text(r["reasons"]), _count(int(r["trained"]))]
+        rows.append(cells)
+    head = ["stain", "picture", "intensity", "intensity within groups", "intensity, rebuilt", "why not more",
+            "training cells"]  # fmt: skip
+    return head, rows
+
+
 def check_table(table: pd.DataFrame) -> Table | None:
     """What predictions invent, miss, blur or ignore, a row a stain; None without any."""
     if table.empty:

@@ -1,0 +1,165 @@
+"""Imputability: how much of a stain's variation a model recovers on groups it never learnt from, and why not more.
+
+Computed on the validation groups as soon as a model is trained, before anyone looks at a picture; `predict` warns with
+it. An evaluation gives it again for the held-out groups.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from imgshared import metrics
+from imgshared.config import EvaluateConfig
+from imgshared.data.store import CellStore
+from imgshared.evaluation.collect import collect
+from imgshared.evaluation.floors import Floors
+from imgshared.prediction import Run, predict_cells
+
+FILE = "imputability.json"
+CELLS = 1000  # of training and of validation that are looked at, at most
+LOW = 0.2  # share below which a prediction is warned of
+GAP = 0.2  # of R2: what another explanation must bring to be named
+FEW = 200  # training cells
+SSE = {"aa": 1.0, "ab": -2.0, "bb": 1.0}  # squared error of a picture, from its pixel sums
+
+
+def imputability(table: pd.DataFrame, trained: Mapping[str, int], *, n: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Score each marker.
+
+    Parameters
+    ----------
+    table
+        `fidelity.compare`'s, with a column `group`.
+    trained
+        Training cells that showed each marker.
+
+    Returns
+    -------
+    One row a marker. `image`: 1 - squared error of the prediction over that of the marker's mean picture, all cells'
+    pixels together; `intensity`: R2 of the cells' mean intensity; both with `_low` and `_high` over groups, below 0
+    where the mean would have been the better guess. `within`: R2 of intensity after each group's own means are taken
+    out; `rebuilt`: R2 of intensity from the stain's own latents (NaN without). `cells`, `groups`, `trained`, `reasons`.
+    """
+    rows = []
+    for marker, part in table.groupby("marker", sort=False):
+        by = {name: one.set_index("position") for name, one in part.groupby("prediction", sort=False)}
+        guess, mean = by["predicted"], by.get("marker_mean")
+        groups = guess["group"].to_numpy()
+        real, predicted = guess["intensity_real"].to_numpy(), guess["intensity_predicted"].to_numpy()
+        row: dict[str, Any] = {"marker": marker}
+        scores = {"intensity": metrics.r2(groups, real, predicted)}
+        if mean is not None:
+            error = metrics.ratio(groups, _error(guess), _error(mean.loc[guess.index]))
+            scores = {"image": lambda counts, of=error: 1 - of(counts), **scores}  # type: ignore[misc]
+        for name, statistic in scores.items():
+            value = metrics.estimate(groups, statistic, n, seed)
+            row |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+        row["within"] = _r2(_centred(real, groups), _centred(predicted, groups))
+        full = by.get("full")
+        row["rebuilt"] = (
+            _r2(real, full.loc[guess.index, "intensity_predicted"].to_numpy()) if full is not None else np.nan
+        )
+        row |= {"cells": len(guess), "groups": len(np.unique(groups)), "trained": trained.get(str(marker), 0)}
+        rows.append({**row, "reasons": reasons(row)})
+    return pd.DataFrame(rows)
+
+
+def reasons(row: Mapping[str, Any]) -> str:
+    """Say why a marker's brightness is not recovered better, as far as it shows."""
+    said = []
+    if row["trained"] < FEW:
+        said.append(f"few training cells ({row['trained']})")
+    if row["rebuilt"] - max(row["intensity"], 0) > GAP:
+        said.append(f"carried by the stain's own specific latent, which redraws it (R² {row['rebuilt']:.2f})")
+    if row["within"] - max(row["intensity"], 0) > GAP:
+        said.append(f"batch effect: within a group R² is {row['within']:.2f}")
+    return "; ".join(said)
+
+
+def assess(run: Run, store: CellStore) -> Path | None:
+    """Score a trained run on its validation groups, into its folder; None where it has none.
+
+    What is newer than the weights is not computed again. Of several processes the first one writes.
+    """
+    path = run.path / FILE
+    if path.exists() and path.stat().st_mtime_ns > run.checkpoint.stat().st_mtime_ns:
+        return path
+    if not run.fabric.is_global_zero:
+        return None
+    parts = run.split.assign(store.obs)
+    stained = store.measured[:, store.panel.indices(run.panel.markers)]
+    rng = np.random.default_rng(0)
+    chosen = []
+    for part in ("train", "val"):
+        rows = np.flatnonzero((parts == part) & stained[:, run.panel.chromatin_index] & _given(run, stained))
+        chosen.append(np.sort(rng.permutation(rows)[:CELLS]))
+    train, val = chosen
+    if not len(val) or not len(train):
+        return None
+    floors = Floors(len(run.panel), run.panel.chromatin_index)
+    make = partial(predict_cells, run, store, latents=False)
+    collect(make, store, run.panel, train, fit=floors)
+    found = collect(make, store, run.panel, val, against=floors).fidelity
+    if found.empty:
+        return None
+    found["group"] = store.obs[run.split.by].astype(str).to_numpy()[val[found["position"].to_numpy(int)]]
+    table = imputability(found, shown(run, store), n=EvaluateConfig().bootstrap)
+    partial_path = path.with_name(path.name + ".partial")
+    partial_path.write_text(table.to_json(orient="records", indent=1) + "\n")
+    partial_path.replace(path)
+    return path
+
+
+def shown(run: Run, store: CellStore) -> dict[str, int]:
+    """Count the training cells that show each marker."""
+    train = run.split.assign(store.obs) == "train"
+    counts = store.measured[np.ix_(train, store.panel.indices(run.panel.markers))].sum(0)
+    return dict(zip(run.panel.markers, map(int, counts), strict=True))
+
+
+def warnings_of(run: Run, markers: Sequence[str]) -> list[str]:
+    """Say which of these markers the validation groups speak against; nothing where they were not asked."""
+    path = run.path / FILE
+    if not path.exists():
+        return []
+    said = []
+    for row in json.loads(path.read_text()):
+        if row["marker"] not in markers:
+            continue
+        why = f" ({row['reasons']})" if row["reasons"] else ""
+        if row.get("image") is not None and row["image"] < LOW:
+            said.append(
+                f"{row['marker']}: on unseen groups, predicted pictures recover next to nothing beyond the mean "
+                f"picture of the stain (share {row['image']:.2f}){why}"
+            )
+        elif row["intensity"] is not None and row["intensity"] < LOW:
+            said.append(
+                f"{row['marker']}: do not rank cells by predicted brightness, on unseen groups it recovers a share of "
+                f"{row['intensity']:.2f} of the real one's variation{why}"
+            )
+    return said
+
+
+def _given(run: Run, stained: Any) -> Any:
+    """Return which cells have what the method is bound to."""
+    return stained[:, list(run.method.sources or ())].all(1)
+
+
+def _error(sums: pd.DataFrame) -> Any:
+    return sum(weight * sums[name].to_numpy() for name, weight in SSE.items())
+
+
+def _centred(values: Any, groups: Any) -> Any:
+    return values - pd.Series(values).groupby(groups).transform("mean").to_numpy()
+
+
+def _r2(truth: Any, guess: Any) -> float:
+    """R2 over all cells."""
+    return float(metrics.r2(np.zeros(len(truth)), truth, guess)(np.ones((1, 1)))[0])

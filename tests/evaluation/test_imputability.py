@@ -1,0 +1,89 @@
+"""What share of a stain's variation comes back, closed forms and planted reasons; `predict` warns with it."""
+
+import io
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+from sklearn.metrics import r2_score
+
+from imgshared import api
+from imgshared.evaluation.imputability import FILE, assess, imputability, warnings_of
+
+rng = np.random.default_rng(0)
+N = 300
+GROUPS = np.arange(N) % 6
+
+
+def table(real, predicted, full=None, marker="P"):
+    """Rows as `fidelity.compare` makes them, of pictures of one pixel."""
+    guesses = {"predicted": predicted, "marker_mean": np.full(N, real.mean()), "full": full}
+    rows = []
+    for name, guess in guesses.items():
+        if guess is not None:
+            sums = {"aa": real**2, "ab": real * guess, "bb": guess**2}
+            about = {"marker": marker, "prediction": name, "group": GROUPS, "position": np.arange(N)}
+            rows.append(pd.DataFrame({**about, "intensity_real": real, "intensity_predicted": guess, **sums}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def scored(*pictures, trained=1000):
+    return imputability(table(*pictures), {"P": trained}, n=200).iloc[0]
+
+
+def test_shares_are_those_of_the_variance():
+    real = rng.normal(5, 1, N)
+    predicted = real + rng.normal(0, 0.5, N)
+    row = scored(real, predicted)
+    assert row["intensity"] == pytest.approx(r2_score(real, predicted))
+    assert row["image"] == pytest.approx(r2_score(real, predicted))  # one pixel: the same
+    assert row["intensity_low"] < row["intensity"] < row["intensity_high"]
+    assert scored(real, real)["image"] == 1
+    assert scored(real, np.full(N, real.mean()))["intensity"] == pytest.approx(0)
+    assert scored(real, -real)["intensity"] < 0
+    assert row["reasons"] == ""
+
+
+def test_reasons_are_those_planted():
+    real = rng.normal(5, 1, N)
+    blind = np.full(N, 5.0) + rng.normal(0, 0.05, N)
+    specific = scored(real, blind, real + rng.normal(0, 0.1, N))
+    assert specific["rebuilt"] > 0.9
+    assert specific["reasons"].startswith("carried by the stain's own specific latent")
+    assert scored(real, blind, blind)["reasons"] == ""
+    shifted = real + 2 * (GROUPS - 2.5)
+    batch = scored(real, shifted)
+    assert batch["within"] == pytest.approx(1)
+    assert "batch effect" in batch["reasons"]
+    assert "few training cells (12)" in scored(real, real, trained=12)["reasons"]
+
+
+def test_a_trained_run_knows_and_predict_warns(trained_run, toy, tmp_path):
+    path = assess(trained_run, toy)
+    rows = {r["marker"]: r for r in json.loads(path.read_text())}
+    assert set(rows) == {"P1", "P2"}
+    assert rows["P2"]["trained"] == 24  # of 48 cells of three groups, every other one
+    assert rows["P1"]["cells"] == 16
+    assert rows["P1"]["intensity_low"] is None  # one validation group has no interval
+    before = path.stat().st_mtime_ns
+    assert assess(trained_run, toy).stat().st_mtime_ns == before
+    said = warnings_of(trained_run, ["P1"])  # its brightness is its own, and two epochs teach little
+    assert len(said) == 1
+    assert said[0].startswith("P1: ")
+    assert "few training cells" in said[0]
+    with pytest.warns(UserWarning, match="P1: "):
+        api.predict(trained_run, toy, tmp_path / "p.zarr", markers=["P1"])
+    heard = io.StringIO()
+    api.predict(trained_run, toy, tmp_path / "q.zarr", markers=["P1"], console=Console(file=heard, width=200))
+    assert "imgshared: warning: P1" in heard.getvalue()
+    rows["P1"] |= {"image": 0.7, "intensity": 0.05, "reasons": ""}
+    path.write_text(json.dumps(list(rows.values())))
+    assert "do not rank cells by predicted brightness" in warnings_of(trained_run, ["P1"])[0]
+    rows["P1"] |= {"intensity": 0.6}
+    path.write_text(json.dumps(list(rows.values())))
+    assert warnings_of(trained_run, ["P1"]) == []
+    path.unlink()
+    assert (trained_run.path / FILE).exists() is False
+    assert warnings_of(trained_run, ["P1"]) == []
