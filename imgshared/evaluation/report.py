@@ -19,7 +19,7 @@ from imgshared.evaluation.collect import Part
 from imgshared.evaluation.figures import Example
 from imgshared.evaluation.matrix import BOTH
 from imgshared.evaluation.study import Study
-from imgshared.evaluation.verdict import ABSENT, CLEARS, NOT_INFERIOR
+from imgshared.evaluation.verdict import CLEARS, NOT_INFERIOR, TOLD_BY_REAL
 from imgshared.prediction import Run
 from imgshared.training.log import read_metrics
 
@@ -71,6 +71,7 @@ def write_report(shown: Shown, path: Path) -> Path:
         stains=tables.stain_table(found["stains"]),
         imputability=tables.imputability_table(found["imputability"]),
         labels=tables.label_table(found["labels"]),
+        verdicts=list(found["labels"]["words"]) if len(found["labels"]) else [],
         stain_forest=_stain_forest(shown),
         galleries=_galleries(shown),
         intensities=_intensities(shown),
@@ -212,7 +213,7 @@ def _cards(shown: Shown) -> list[tuple[str, str]]:
     cards = [(f"{clears} of {len(stains)}", "predicted stains clear both floors")]
     labels = shown.tables["labels"]
     if len(labels):
-        told = labels[labels["verdict"] != ABSENT]
+        told = labels[labels["verdict"].isin(TOLD_BY_REAL)]
         kept = int((told["verdict"] == NOT_INFERIOR).sum())
         cards.append((f"{kept} of {len(told)}", "pairs of label and stain are told not inferior to the real stain"))
     cards.append((f"{len(shown.test.cells):,}", f"held-out cells of {groups} {'group' if groups == 1 else 'groups'}"))

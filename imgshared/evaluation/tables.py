@@ -79,15 +79,16 @@ def label_table(table: pd.DataFrame) -> Table | None:
     """The verdict on each label and stain with its numbers; None without labels."""
     if table.empty:
         return None
-    chips = {"not inferior": "good", "not shown": "plain", "inferior": "bad", "lost": "bad"}
+    chips = {"not inferior": "good", "not shown": "plain", "inferior": "bad", "lost": "bad",
+             "in the prediction alone": "bad"}  # fmt: skip
     head = ["label", "stain", "classifier", "predicted against real", "real", "predicted", "predicted − real",
-            "against chromatin", "added to chromatin", "in words"]  # fmt: skip
+            "against chromatin", "added to chromatin"]  # fmt: skip
     rows = []
     for r in table.to_dict("records"):
         cells = [_text(r[c]) for c in ("label", "marker", "backend")]
         cells += [_text(r["verdict"], chips.get(r["verdict"], "faint")), _number(r["real"]), _number(r["predicted"])]
         cells += [_value({"value": r[n], "low": r[f"{n}_low"], "high": r[f"{n}_high"]}) for n in GAPS]
-        rows.append([*cells, _text(r["words"])])
+        rows.append(cells)
     return head, rows
 
 

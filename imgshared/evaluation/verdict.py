@@ -16,7 +16,8 @@ SUSPECT = 0.05  # AUROC more than its source: a second look is due
 TOLD = 0.6  # AUROC below which a label does not count as told, however narrow the interval
 CLEARS, UNCLEAR, BELOW = "clears both floors", "not clearly", "below a floor"
 NOT_INFERIOR, UNCLEAR_LABEL, INFERIOR = "not inferior", "not shown", "inferior"
-LOST, ABSENT = "lost", "not in the real stain"
+LOST, ABSENT, ALONE = "lost", "not in the real stain", "in the prediction alone"
+TOLD_BY_REAL = (NOT_INFERIOR, UNCLEAR_LABEL, INFERIOR, LOST)
 BETTER, NO_BETTER, WORSE = "better", "no better", "worse"
 GAPS = {
     "gap": "predicted - real",
@@ -28,6 +29,7 @@ SAID_OF = {
     UNCLEAR_LABEL: "That tell it, perhaps less well:",
     INFERIOR: "That tell it worse:",
     LOST: "That have lost it:",
+    ALONE: "That tell it though the real stain does not, as chromatin does: never report it of",
 }
 
 
@@ -55,7 +57,7 @@ def judge_labels(scores: pd.DataFrame, contrasts: pd.DataFrame, margin: float) -
     -------
     `verdict`: ``not inferior`` (the prediction tells the label, and the whole interval of its gap to real lies above
     minus the margin), ``inferior`` (the whole interval below), ``not shown`` (neither), ``lost`` (the real stain tells
-    the label, the prediction does not), ``not in the real stain``.
+    the label, the prediction does not), ``in the prediction alone`` (the reverse), ``not in the real stain``.
     `over_chromatin`: the prediction against the chromatin it was made from, ``better``, ``no better``, ``worse`` by the
     interval of the gap. `adds`: whether it tells something beside chromatin that another cell's prediction does not.
     `gap`, `gap_chromatin`, `gap_added` with `_low` and `_high`; the AUROC of every input; all of it in `words`.
@@ -104,7 +106,7 @@ def sentences(stains: pd.DataFrame, labels: pd.DataFrame, chromatin: str) -> lis
             if len(found):
                 each = [f"{r['marker']} ({r['predicted']:.2f} of {r['real']:.2f})" for r in found.to_dict("records")]
                 text += f" {words} {_list(each)}."
-        if (part["verdict"] == ABSENT).all():
+        if not part["verdict"].isin(TOLD_BY_REAL).any():
             text += " No real stain tells it on unseen groups."
         over = list(part.loc[part["gap_chromatin_low"].fillna(part["gap_chromatin"]) > SUSPECT, "marker"])
         if over:
@@ -155,7 +157,7 @@ def _side(gap: metrics.Estimate) -> int:
 
 def _against_real(real: bool, predicted: bool, gap: metrics.Estimate, margin: float) -> str:
     if not real:
-        return ABSENT
+        return ALONE if predicted else ABSENT
     if not predicted:
         return LOST
     if _or(gap.low, gap.value) > -margin:
@@ -177,6 +179,7 @@ def _words(
         return f"Real {marker} does not tell {label} on unseen groups (AUROC {auroc['real']:.2f}): nothing to keep."
     numbers = f"AUROC {auroc['predicted']:.2f} against {auroc['real']:.2f}, {_signed(gap.value)}{_interval(gap)}"
     first = {
+        ALONE: f"Predicted {marker} tells {label}, which real {marker} does not ({numbers}): it repeats its source.",
         NOT_INFERIOR: f"Predicted {marker} tells {label} not inferior to the real stain within {margin:g} ({numbers}).",
         UNCLEAR_LABEL: f"Whether predicted {marker} tells {label} as well as the real stain within {margin:g} is not "
         f"shown ({numbers}).",

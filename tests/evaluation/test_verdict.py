@@ -32,7 +32,8 @@ def judged(real=0.9, predicted=0.88, gap=(-0.02, 0.01), over=(-0.02, 0.01), adde
         ({"gap": (-0.2, -0.03)}, "not shown"),
         ({"gap": (-0.2, -0.1), "margin": 0.3}, "not inferior"),
         ({"predicted": 0.52, "gap": (-0.5, -0.3)}, "lost"),
-        ({"real": 0.55}, "not in the real stain"),
+        ({"real": 0.55}, "in the prediction alone"),
+        ({"real": 0.55, "predicted": 0.55}, "not in the real stain"),
     ],
 )
 def test_a_verdict_follows_the_interval_of_the_gap(change, expected):
