@@ -12,7 +12,7 @@ from imgshared.config import Experiment, validate
 from imgshared.types import InputError
 
 EXPERIMENT = {
-    "split": {"by": "group", "test": ["D07", "D08"], "val": ["D06"]},
+    "split": {"by": "group", "test": ["D07", "D08", "D09", "D10"], "val": ["D06"]},
     "method": {"name": "apollo", "proteins_per_step": 1, "latent_epochs": 32, "encoder_epochs": 20},
     "train": {"patience": 5},
 }
@@ -26,13 +26,13 @@ def demo(out: Path, console: Console) -> Path:
         raise InputError(f"{out} exists and is not empty: give another folder (`imgshared demo FOLDER`), or remove it")
     began = time.monotonic()
     images, store = out / "images", out / "cells.zarr"
-    console.rule("1/5 simulate: 8 donors, two staining batches, two treatments")
-    api.simulate(images, console=console, cells=1600, donors=8)
+    console.rule("1/5 simulate: 10 donors, two staining batches, two treatments")
+    api.simulate(images, console=console, cells=1800, donors=10)
     console.rule("2/5 prepare: images and masks to single-cell crops")
     console.print(
         str(api.prepare(images / "manifest.csv", store, console=console, cells=images / "cells.csv")), highlight=False
     )
-    console.rule("3/5 train: apollo, donors D07 and D08 held out")
+    console.rule("3/5 train: apollo, donors D07 to D10 held out")
     experiment = validate(Experiment, {"data": str(store), **EXPERIMENT}, "the demo")
     run = api.train(experiment, out=out / "run", console=console)
     console.rule("4/5 predict: every protein of every cell from its chromatin")

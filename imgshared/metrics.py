@@ -1,8 +1,8 @@
 """Pure functions on arrays: image agreement, prediction scores, and intervals over groups.
 
-A score of many cells is a *statistic of the groups*: a function from how often each group was drawn, ``(B, G)`` counts
-in the order of ``np.unique(groups)``, to ``(B,)`` values. All are ratios of sums over cells, so one table of sums a
-group serves every bootstrap draw at once, and a thousand draws cost a matrix product.
+A score of many cells is a *statistic of the groups*: a function from how often each group counts, ``(B, G)`` in the
+order of ``np.unique(groups)``, to ``(B,)`` values. All are ratios of sums over cells, so one table of sums a group
+serves every set of counts at once: leaving out each group in turn costs a matrix product.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
+from scipy.stats import t as student
 from skimage.metrics import structural_similarity
 
 Floats = NDArray[np.floating[Any]]
+SHARE, SIGNED = (0.0, 1.0), (-1.0, 1.0)  # bounds of shares and of correlations
 Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
@@ -211,7 +213,7 @@ def auroc(groups: ArrayLike, truth: ArrayLike, probabilities: ArrayLike) -> Stat
     Parameters
     ----------
     groups
-        (n,) the unit of the bootstrap.
+        (n,) the unit of the interval.
     truth
         (n,) int, class codes 0 .. K - 1.
     probabilities
@@ -250,30 +252,27 @@ def _binary_auroc(groups: ArrayLike, positive: NDArray[np.bool_], score: NDArray
 # --- intervals ------------------------------------------------------------------------------------------------------
 
 
-def estimate(groups: ArrayLike, statistic: Statistic, n: int = 1000, seed: int = 0) -> Estimate:
-    """Return a statistic over all cells with its bootstrap interval over groups."""
-    ones = np.ones((1, len(np.unique(np.asarray(groups)))))
-    return Estimate(float(statistic(ones)[0]), *bootstrap_interval(groups, statistic, n, seed))
+def estimate(groups: ArrayLike, statistic: Statistic, bounds: tuple[float, float] = (-np.inf, np.inf)) -> Estimate:
+    """Return a statistic over all cells with its 95% interval over groups, kept within `bounds`.
 
+    The delete-one-group jackknife with Student's t (Tukey 1958; Miller 1974): cells of a group are alike, so only
+    groups are replicates. It holds the truth 93 to 96% of the time from three groups on; a percentile bootstrap of
+    whole groups 73 to 76% with three and 90 to 93% with sixteen (`scripts/study_intervals.py`).
 
-def bootstrap_interval(
-    groups: ArrayLike, statistic: Statistic, n: int = 1000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap that draws whole groups with replacement (Efron 1979; cells of a group are not independent).
-
-    Draws in which the statistic is undefined (no cell of a class) are left out. NaN with fewer than two groups. With a
-    handful of groups the interval is too narrow, as every bootstrap of a handful of units is.
+    Returns
+    -------
+    NaN bounds with fewer than two groups. Where the statistic is undefined without one of the groups, it rests on that
+    group, and the interval is all of `bounds`.
     """
     count = len(np.unique(np.asarray(groups)))
-    if count < 2:
-        return float("nan"), float("nan")
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=n).astype(np.float64)
-    values = statistic(draws)
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    value = float(statistic(np.ones((1, count)))[0])
+    if count < 2 or np.isnan(value):
+        return Estimate(value, np.nan, np.nan)
+    without = statistic(1 - np.eye(count))
+    if np.isnan(without).any():
+        return Estimate(value, *bounds)
+    half = student.ppf(0.975, count - 1) * np.sqrt((count - 1) * np.mean((without - without.mean()) ** 2))
+    return Estimate(value, float(max(value - half, bounds[0])), float(min(value + half, bounds[1])))
 
 
 def _sums(groups: ArrayLike, values: ArrayLike) -> NDArray[np.float64]:

@@ -71,7 +71,7 @@ def auroc(x: np.ndarray[Any, Any], codes: np.ndarray[Any, Any], groups: np.ndarr
     p = np.zeros((len(x), codes.max() + 1))
     for learn, test in GroupKFold(4).split(x, codes, groups):
         p[test] = feature_probabilities(x[learn], codes[learn], x[test], p.shape[1])
-    return metrics.estimate(groups, metrics.auroc(groups, codes, p), 100).value
+    return metrics.estimate(groups, metrics.auroc(groups, codes, p)).value
 
 
 if __name__ == "__main__":

@@ -148,14 +148,12 @@ def test_from_images_to_report(capsys, tmp_path, monkeypatch):
     assert len(list((run / "predictions" / "cells.zarr.ome").iterdir())) == store.obs["image"].nunique()
     assert "exists already" in fails(capsys, "predict", "runs/tiny", "cells.zarr")
     assert main(["predict", "runs/tiny", "cells.zarr", "--overwrite", "--out", str(out)]) == 0
-    assert (
-        main(["evaluate", "runs/tiny", "cells.zarr", "labels=[drug]", "factors=[nuclear_area]", "bootstrap=100"]) == 0
-    )
+    assert main(["evaluate", "runs/tiny", "cells.zarr", "labels=[drug]", "factors=[nuclear_area]"]) == 0
     report = run / "evaluation" / "cells" / "report.html"
     assert all(marker in report.read_text() for marker in store.panel.proteins)
     assert "one class" in fails(capsys, "evaluate", "runs/tiny", "cells.zarr", "labels=[group]")
     assert "it needs --refit" in fails(capsys, "evaluate", "runs/tiny", "cells.zarr", "--fold", 1)
-    assert main(["evaluate", "runs/tiny", "cells.zarr", "--allow-seen-groups", "bootstrap=100", "--out", "seen"]) == 0
+    assert main(["evaluate", "runs/tiny", "cells.zarr", "--allow-seen-groups", "--out", "seen"]) == 0
     assert "Leaking: do not cite" in (tmp_path / "seen" / "report.html").read_text()
     assert main(["evaluate", "runs/tiny", "cells.zarr", "--refit", "--fold", "2", "folds=2", "--out", "nested"]) == 0
     assert [p.name for p in (tmp_path / "nested" / "folds").iterdir()] == ["fold_2"]

@@ -25,7 +25,7 @@ def judged(make_store: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     store = CellStore(make_store(folder / "cells.zarr", cells=400))
     experiment = load(Experiment, None, [f"data={store.path}", *SIZES, *LENGTH, *PLAN])
     run = api.train(experiment, out=folder / "run", console=Console(file=io.StringIO()))
-    return api.evaluate(run, store, config=EvaluateConfig(factors=("size", "brightness"), bootstrap=100))
+    return api.evaluate(run, store, config=EvaluateConfig(factors=("size", "brightness")))
 
 
 def test_predictions_clear_both_floors_on_an_unseen_group(judged: Evaluation) -> None:

@@ -12,7 +12,7 @@ rng = np.random.default_rng(0)
 
 
 def value(groups, statistic):
-    return metrics.estimate(groups, statistic, n=100).value
+    return metrics.estimate(groups, statistic).value
 
 
 def test_l1_closed_form():
@@ -185,8 +185,8 @@ def test_constants_are_nan():
     assert np.isnan(value(groups, metrics.auroc(groups, np.zeros(10, int), np.full((10, 2), 0.5))))
 
 
-def test_bootstrap_draws_whole_groups():
-    """Each draw must equal the statistic on the cells of the drawn groups, repeated."""
+def test_counts_are_of_whole_groups():
+    """A statistic of drawn groups must equal the statistic on their cells, repeated."""
     groups = np.array(list("aaabbcccc"))
     truth, p = np.array([0, 1, 1, 0, 1, 0, 0, 1, 1]), rng.random(9)
     scores = np.column_stack([1 - p, p])
@@ -195,16 +195,36 @@ def test_bootstrap_draws_whole_groups():
     assert drawn == pytest.approx(roc_auc_score(truth[cells], p[cells]))
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
+def test_interval_of_a_mean_is_students_over_groups_of_one_size():
+    groups, values = np.arange(60) % 6, rng.normal(size=60)
+    found = metrics.estimate(groups, metrics.mean(groups, values))
+    means = [values[groups == g].mean() for g in range(6)]
+    assert found.value == pytest.approx(values.mean())
+    assert found[1:] == pytest.approx(stats.ttest_1samp(means, 0).confidence_interval(0.95))
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_interval_covers_the_truth_as_often_as_it_says(count):
     covered = 0
-    for seed in range(200):
+    for seed in range(400):
         random = np.random.default_rng(seed)
-        groups = np.repeat(np.arange(30), 20)
-        values = random.normal(0, 1, 30)[groups] + random.normal(0, 1, 600)  # cells of a group go together
-        low, high = metrics.bootstrap_interval(groups, metrics.mean(groups, values), 300, seed)
+        groups = np.repeat(np.arange(count), 20)
+        values = random.normal(0, 1, count)[groups] + random.normal(0, 1, 20 * count)  # a group's cells go together
+        _, low, high = metrics.estimate(groups, metrics.mean(groups, values))
         covered += low <= 0 <= high
-    assert 0.88 <= covered / 200 <= 0.99
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_intervals_keep_their_bounds_and_say_where_one_group_carries_all():
+    groups = np.repeat(np.arange(3), 10)
+    values = np.where(groups == 0, 1.0, 0.0)
+    _, low, high = metrics.estimate(groups, metrics.mean(groups, values), metrics.SHARE)
+    assert (low, high) == (0, 1)
+    truth = np.where(groups == 0, np.arange(30) % 2, 0)  # without the first group there is one class
+    p = rng.random(30)
+    found = metrics.estimate(groups, metrics.auroc(groups, truth, np.column_stack([1 - p, p])), metrics.SHARE)
+    assert found[1:] == (0, 1)
 
 
 def test_one_group_has_no_interval():
-    assert np.isnan(metrics.bootstrap_interval(np.zeros(5), metrics.mean(np.zeros(5), np.arange(5.0)))).all()
+    assert np.isnan(metrics.estimate(np.zeros(5), metrics.mean(np.zeros(5), np.arange(5.0)))[1:]).all()

@@ -166,5 +166,4 @@ class EvaluateConfig:
     refit: bool = False  # nested: train a normaliser, model and classifiers for each fold of groups
     allow_seen_groups: bool = False  # judge groups that trained the model, too; the report is marked as leaking
     max_cells: Count = 20000  # a part larger than this is sampled, and the report says so
-    bootstrap: Annotated[int, Field(ge=100)] = 1000
     seed: int = 0

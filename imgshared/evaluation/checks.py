@@ -25,6 +25,7 @@ SMOOTH = 1.0  # px, Gaussian before the threshold
 SMALLEST = 4  # px, of an object
 OVERLAP = 0.5  # share of an object that must lie in objects of the other picture
 PIXELS = 64  # of each training crop that the threshold is taken from
+BOUNDS = {"found": metrics.SHARE, "invented": metrics.SHARE, "own": (-2.0, 2.0)}  # of a score; the others: 0 and up
 COLUMNS = ("objects", "found", "drawn", "invented", "detail", "own", "moved", "moves")
 
 
@@ -128,7 +129,7 @@ def check(
         yield pd.DataFrame({"position": stained, "marker": marker, **dict(zip(COLUMNS, values, strict=True))}), maps
 
 
-def summarise(table: pd.DataFrame, *, n: int = 1000, seed: int = 0) -> pd.DataFrame:
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Summarise `check`'s rows, joined with a column `group`.
 
     Returns
@@ -151,7 +152,7 @@ def summarise(table: pd.DataFrame, *, n: int = 1000, seed: int = 0) -> pd.DataFr
             "moves": metrics.ratio(groups, part["moved"], part["moves"]),
         }
         for name, statistic in scores.items():
-            value = metrics.estimate(groups, statistic, n, seed)
+            value = metrics.estimate(groups, statistic, BOUNDS.get(name, (0.0, np.inf)))
             rows.append({"marker": marker, "score": name, **value._asdict(), "cells": len(part)})
     return pd.DataFrame(rows)
 

@@ -185,7 +185,7 @@ def _score(
             "balanced_accuracy": metrics.balanced_accuracy(groups, truth, p.argmax(1)),
         }
         for score, statistic in both.items():
-            value = metrics.estimate(groups, statistic, config.bootstrap, config.seed)
+            value = metrics.estimate(groups, statistic, metrics.SHARE)
             counts = {"cells": len(truth), "groups": len(np.unique(groups)), "classes": p.shape[1]}
             rows.append({**row, "input": given, "score": score, **value._asdict(), **counts})
     return rows
@@ -199,7 +199,7 @@ def _contrast(
     for one, other in CONTRASTS:
         if one in found and other in found:
             a, b = (metrics.auroc(groups, truth, found[given]) for given in (one, other))
-            gap = metrics.estimate(groups, lambda c, a=a, b=b: a(c) - b(c), config.bootstrap, config.seed)  # type: ignore[misc]
+            gap = metrics.estimate(groups, lambda c, a=a, b=b: a(c) - b(c), metrics.SIGNED)  # type: ignore[misc]
             rows.append({**row, "contrast": f"{one} - {other}", **gap._asdict()})
     return rows
 
@@ -210,7 +210,7 @@ def _agree(
     real = found["real"].argmax(1)
     return [
         {**row, "prediction": given, **metrics.estimate(
-            groups, metrics.kappa(groups, real, found[name].argmax(1)), config.bootstrap, config.seed)._asdict()}
+            groups, metrics.kappa(groups, real, found[name].argmax(1)), metrics.SIGNED)._asdict()}
         for given, name in ANSWERED.items() if name in found
     ]  # fmt: skip
 

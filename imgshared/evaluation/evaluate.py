@@ -167,16 +167,15 @@ def evaluate(
 def _judge(looked: Study, say: Progress) -> tuple[dict[str, pd.DataFrame], pd.DataFrame, list[str]]:
     """Return the tables by name, the classifiers' probabilities, and notes."""
     panel, config, test = looked.run.panel, looked.config, looked.test
-    boot = {"n": config.bootstrap, "seed": config.seed}
     say("intervals", 0, 1)
     tables = {
-        "fidelity": fidelity.summarise(test.fidelity, **boot),
+        "fidelity": fidelity.summarise(test.fidelity),
         "groups": fidelity.by_group(test.fidelity),
-        "stains": verdict.judge_stains(fidelity.against_floors(test.fidelity, **boot)),
+        "stains": verdict.judge_stains(fidelity.against_floors(test.fidelity)),
     }
     shown = imputability.shown(looked.run, looked.looks[0].cohort.source)
-    tables["imputability"] = imputability.imputability(test.fidelity, shown, **boot)
-    tables["checks"] = checks.summarise(test.checks, **boot)
+    tables["imputability"] = imputability.imputability(test.fidelity, shown)
+    tables["checks"] = checks.summarise(test.checks)
     say("cell features", 0, 1)
     tables |= dict(zip(("features", "effects", "conditions"), _measure(test, panel, config), strict=True))
     fits = len(config.labels) * len(panel.proteins) * len(config.classifiers) * len(MATRIX)
@@ -210,11 +209,10 @@ def _told_of(run: Run, looked: Study) -> Iterator[str]:
 def _measure(test: Part, panel: Panel, config: EvaluateConfig) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Features real against predicted; differences between the classes of every label, and their summary."""
     _, groups = np.unique(test.obs[config.group].astype(str).to_numpy(), return_inverse=True)
-    boot = {"n": config.bootstrap, "seed": config.seed}
     labels = [read_label(test.obs, name, config.label_values) for name in config.labels]
-    differences = [morphology.differ(test, panel, label, groups, **boot) for label in labels]
+    differences = [morphology.differ(test, panel, label, groups) for label in labels]
     effects, conditions = ([tables[k] for tables in differences] for k in (0, 1))
-    return morphology.correlate(test, panel, groups, **boot), _joined(effects), _joined(conditions)
+    return morphology.correlate(test, panel, groups), _joined(effects), _joined(conditions)
 
 
 def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:

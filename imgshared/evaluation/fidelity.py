@@ -18,6 +18,7 @@ from imgshared.prediction.types import PredictedCells
 
 MOMENTS = ["n", "a", "b", "aa", "bb", "ab"]  # sums over pixels: 1, real, predicted, their squares and product
 SCORES = ("pearson", "pearson_pooled", "ssim", "l1", "intensity_pearson", "intensity_spearman")
+BOUNDS = {"l1": (0.0, np.inf)}  # of a score; the others are correlations and the like
 FLOORS = ("linear", "marker_mean")
 
 
@@ -49,7 +50,7 @@ def compare(cells: PredictedCells, markers: tuple[str, ...], chromatin: int, flo
     )
 
 
-def summarise(table: pd.DataFrame, *, n: int = 1000, seed: int = 0) -> pd.DataFrame:
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Summarise `compare`'s table, joined with a column `group`: one row a (marker, prediction, score).
 
     `value` over all cells with its interval over groups (`low`, `high`), then the number of `cells` and `groups`.
@@ -59,7 +60,7 @@ def summarise(table: pd.DataFrame, *, n: int = 1000, seed: int = 0) -> pd.DataFr
     rows = []
     for (marker, prediction), part in table.groupby(["marker", "prediction"], sort=False):
         for score in SCORES:
-            value = metrics.estimate(part["group"], statistic(part, score), n, seed)
+            value = metrics.estimate(part["group"], statistic(part, score), BOUNDS.get(score, metrics.SIGNED))
             rows.append({"marker": marker, "prediction": prediction, "score": score, **value._asdict()})
             rows[-1] |= {"cells": len(part), "groups": part["group"].nunique()}
     return pd.DataFrame(rows)
@@ -77,7 +78,7 @@ def by_group(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def against_floors(table: pd.DataFrame, *, n: int = 1000, seed: int = 0) -> pd.DataFrame:
+def against_floors(table: pd.DataFrame) -> pd.DataFrame:
     """Gain in mean per-cell Pearson of ``predicted`` over each floor, cell by cell, with its interval over groups.
 
     One row a marker: `predicted`, and for each floor its value, `gain_<floor>` with `_low` and `_high`. A constant
@@ -89,7 +90,7 @@ def against_floors(table: pd.DataFrame, *, n: int = 1000, seed: int = 0) -> pd.D
         groups = part.drop_duplicates("position").set_index("position")["group"].loc[scores.index]
         row: dict[str, Any] = {"marker": marker, "predicted": float(scores["predicted"].mean())}
         for floor in [f for f in FLOORS if f in scores]:
-            gain = metrics.estimate(groups, metrics.mean(groups, scores["predicted"] - scores[floor]), n, seed)
+            gain = metrics.estimate(groups, metrics.mean(groups, scores["predicted"] - scores[floor]))
             row |= {floor: float(scores[floor].mean())}
             row |= {f"gain_{floor}": gain.value, f"gain_{floor}_low": gain.low, f"gain_{floor}_high": gain.high}
         rows.append(row)

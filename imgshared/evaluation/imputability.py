@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 
 from imgshared import metrics
-from imgshared.config import EvaluateConfig
 from imgshared.data.store import CellStore
 from imgshared.evaluation.collect import collect
 from imgshared.evaluation.floors import Floors
@@ -30,7 +29,7 @@ FEW = 200  # training cells
 SSE = {"aa": 1.0, "ab": -2.0, "bb": 1.0}  # squared error of a picture, from its pixel sums
 
 
-def imputability(table: pd.DataFrame, trained: Mapping[str, int], *, n: int = 1000, seed: int = 0) -> pd.DataFrame:
+def imputability(table: pd.DataFrame, trained: Mapping[str, int]) -> pd.DataFrame:
     """Score each marker.
 
     Parameters
@@ -59,7 +58,7 @@ def imputability(table: pd.DataFrame, trained: Mapping[str, int], *, n: int = 10
             error = metrics.ratio(groups, _error(guess), _error(mean.loc[guess.index]))
             scores = {"image": lambda counts, of=error: 1 - of(counts), **scores}  # type: ignore[misc]
         for name, statistic in scores.items():
-            value = metrics.estimate(groups, statistic, n, seed)
+            value = metrics.estimate(groups, statistic, (-np.inf, 1.0))
             row |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
         row["within"] = _r2(_centred(real, groups), _centred(predicted, groups))
         full = by.get("full")
@@ -110,7 +109,7 @@ def assess(run: Run, store: CellStore) -> Path | None:
     if found.empty:
         return None
     found["group"] = store.obs[run.split.by].astype(str).to_numpy()[val[found["position"].to_numpy(int)]]
-    table = imputability(found, shown(run, store), n=EvaluateConfig().bootstrap)
+    table = imputability(found, shown(run, store))
     partial_path = path.with_name(path.name + ".partial")
     partial_path.write_text(table.to_json(orient="records", indent=1) + "\n")
     partial_path.replace(path)

@@ -37,7 +37,7 @@ def family(feature: str) -> str:
     return next((told for prefix, told in FAMILIES.items() if feature.startswith(prefix)), "brightness")
 
 
-def correlate(part: Part, panel: Panel, groups: NDArray[Any], *, n: int = 1000, seed: int = 0) -> pd.DataFrame:
+def correlate(part: Part, panel: Panel, groups: NDArray[Any]) -> pd.DataFrame:
     """Correlate each feature across cells, real against predicted.
 
     Returns
@@ -49,15 +49,15 @@ def correlate(part: Part, panel: Panel, groups: NDArray[Any], *, n: int = 1000, 
     for marker, cells, real, predicted in _pairs(part, panel):
         at = groups[cells]
         for k, name in enumerate(NAMES):
-            found = metrics.estimate(at, metrics.correlation(at, real[:, k], predicted[:, k], ranks=True), n, seed)
+            found = metrics.estimate(
+                at, metrics.correlation(at, real[:, k], predicted[:, k], ranks=True), metrics.SIGNED
+            )
             rows.append({"marker": marker, "feature": name, "family": family(name), **found._asdict()})
             rows[-1]["cells"] = len(cells)
     return pd.DataFrame(rows)
 
 
-def differ(
-    part: Part, panel: Panel, label: Label, groups: NDArray[Any], *, n: int = 1000, seed: int = 0
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def differ(part: Part, panel: Panel, label: Label, groups: NDArray[Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Measure every difference between the classes of a label, on real and on predicted stains.
 
     With two classes the second against the first, with more each against the rest. A difference is one where its
@@ -92,11 +92,11 @@ def differ(
             ]
             here = []
             for feature, one, other in zip(NAMES, *sides, strict=True):
-                a, b = metrics.estimate(at, one, n, seed), metrics.estimate(at, other, n, seed)
+                a, b = metrics.estimate(at, one), metrics.estimate(at, other)
                 here.append({**row, "feature": feature, "family": family(feature), **_named("real", a),
                              **_named("predicted", b), "outcome": _outcome(a, b)})  # fmt: skip
             effects += here
-            ranking = metrics.estimate(at, metrics.rank_agreement(*_varying(sides, at)), n, seed)
+            ranking = metrics.estimate(at, metrics.rank_agreement(*_varying(sides, at)), metrics.SIGNED)
             conditions.append({**row, **_count(pd.DataFrame(here)), **_named("ranking", ranking)})
     return pd.DataFrame(effects), pd.DataFrame(conditions)
 

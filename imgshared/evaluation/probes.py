@@ -97,6 +97,6 @@ def _groups(part: Part, cells: NDArray[np.intp], config: EvaluateConfig) -> NDAr
 def _row(
     latent: str, target: str, score: str, statistic: metrics.Statistic, groups: NDArray[Any], config: EvaluateConfig
 ) -> dict[str, Any]:
-    value = metrics.estimate(groups, statistic, config.bootstrap, config.seed)
+    value = metrics.estimate(groups, statistic, (0.0 if score != "r2" else -np.inf, 1.0))
     counts = {"cells": len(groups), "groups": len(np.unique(groups))}
     return {"latent": latent, "target": target, "score": score, **value._asdict(), **counts}

@@ -36,7 +36,7 @@ document.title = "probe" + JSON.stringify(found);
 @pytest.mark.parametrize("width", [1200, 520])
 def test_report_in_a_browser(world, run, tmp_path, width):
     store = world.store(tmp_path / "cells.zarr")
-    config = EvaluateConfig(labels=("drug",), factors=("size",), bootstrap=100)
+    config = EvaluateConfig(labels=("drug",), factors=("size",))
     done = evaluate(run, store, tmp_path / "out", config, predict=world.predict)
     page = tmp_path / "probed.html"
     page.write_text(done.report.read_text().replace("</body>", PROBE))

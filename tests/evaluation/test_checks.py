@@ -69,7 +69,7 @@ def test_found_and_invented_are_counted_cell_by_cell():
     assert maps.real[8, 8] == 2
     assert (maps + maps).cells == 8
 
-    scores = summarise(table.assign(group=[0, 0, 1, 1]), n=100).set_index("score")["value"]
+    scores = summarise(table.assign(group=[0, 0, 1, 1])).set_index("score")["value"]
     assert scores["found"] == pytest.approx(3 / 5)
     assert scores["invented"] == pytest.approx(2 / 5)
     assert scores["objects"] == pytest.approx(5 / 4)
@@ -79,12 +79,12 @@ def test_a_blur_loses_detail_and_objects_but_invents_none():
     rng = np.random.default_rng(0)
     real = np.stack([spots(*rng.integers(6, 26, (3, 2)), radius=2) for _ in range(30)])
     table, _ = checked(real, gaussian_filter(real, (0, 6, 6)))
-    scores = summarise(table.assign(group=np.arange(30) % 5), n=100).set_index("score")["value"]
+    scores = summarise(table.assign(group=np.arange(30) % 5)).set_index("score")["value"]
     assert scores["detail"] < 0.1
     assert scores["found"] < 0.1
     assert np.isnan(scores["invented"]) or scores["invented"] == 0
     perfect, _ = checked(real, real)
-    scores = summarise(perfect.assign(group=np.arange(30) % 5), n=100).set_index("score")["value"]
+    scores = summarise(perfect.assign(group=np.arange(30) % 5)).set_index("score")["value"]
     assert (scores["detail"], scores["found"], scores["invented"], scores["moves"]) == pytest.approx((1, 1, 0, 1))
     assert scores["own"] > 0.5
 
@@ -93,7 +93,7 @@ def test_a_prediction_that_ignores_its_source_is_caught():
     rng = np.random.default_rng(0)
     real = np.stack([spots(*rng.integers(6, 26, (3, 2))) for _ in range(40)])
     table, _ = checked(real, np.broadcast_to(real.mean(0), real.shape))
-    scores = summarise(table.assign(group=np.arange(40) % 5), n=100).set_index("score")
+    scores = summarise(table.assign(group=np.arange(40) % 5)).set_index("score")
     assert scores.loc["own", "value"] == pytest.approx(0, abs=1e-9)
     assert scores.loc["moves", "value"] == 0
 

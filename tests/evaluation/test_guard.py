@@ -19,7 +19,7 @@ from imgshared.data.store import CellStore
 from imgshared.evaluation.evaluate import evaluate
 from imgshared.types import InputError
 
-CONFIG = EvaluateConfig(bootstrap=100)
+CONFIG = EvaluateConfig()
 QUIET = Console(file=io.StringIO())
 
 

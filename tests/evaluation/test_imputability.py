@@ -30,7 +30,7 @@ def table(real, predicted, full=None, marker="P"):
 
 
 def scored(*pictures, trained=1000):
-    return imputability(table(*pictures), {"P": trained}, n=200).iloc[0]
+    return imputability(table(*pictures), {"P": trained}).iloc[0]
 
 
 def test_shares_are_those_of_the_variance():

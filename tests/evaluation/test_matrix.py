@@ -13,7 +13,7 @@ from imgshared.evaluation.labels import permuted
 from imgshared.evaluation.matrix import MATRIX, Case, Fit, name_of
 
 PANEL = Panel(("DNA", "P"), "DNA")
-CONFIG = EvaluateConfig(labels=("drug",), bootstrap=200)
+CONFIG = EvaluateConfig(labels=("drug",))
 N, GROUPS = 480, 12
 
 

@@ -29,7 +29,7 @@ def part(change, seed=0, label=None):
 
 
 def differ(found):
-    return morphology.differ(found, PANEL, read_label(found.obs, "drug"), GROUPS, n=200)
+    return morphology.differ(found, PANEL, read_label(found.obs, "drug"), GROUPS)
 
 
 def test_every_feature_has_a_family_and_all_families_are_told():
@@ -50,7 +50,7 @@ def test_correlations_are_of_measured_cells_and_constants_have_none():
     found = part(plant)
     found.measured[::4, 1] = False
     found.measured[1::4, 0] = False  # without chromatin nothing was predicted
-    table = morphology.correlate(found, PANEL, GROUPS, n=200).set_index("feature")
+    table = morphology.correlate(found, PANEL, GROUPS).set_index("feature")
     assert list(table.index) == list(morphology.NAMES)
     assert set(table["cells"]) == {N // 2}
     rows = np.arange(N) % 4 > 1

@@ -16,7 +16,7 @@ from imgshared.evaluation.refit import plan_folds
 from imgshared.prediction import load_run, predict_cells
 from imgshared.types import InputError
 
-WISH = {"refit": True, "folds": 2, "bootstrap": 100, "labels": ["label"]}
+WISH = {"refit": True, "folds": 2, "labels": ["label"]}
 CONFIG = validate(EvaluateConfig, WISH, "test")
 
 

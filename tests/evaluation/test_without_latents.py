@@ -23,7 +23,7 @@ def test_a_method_without_latents_is_judged(
 ) -> None:
     plan = yaml.safe_load(dump(tiny)) | {"method": method}
     run = api.train(validate(Experiment, plan, "tiny"), out=tmp_path / "run", console=Console(file=io.StringIO()))
-    found = evaluate(run, toy, tmp_path / "out", EvaluateConfig(labels=("label",), factors=("size",), bootstrap=100))
+    found = evaluate(run, toy, tmp_path / "out", EvaluateConfig(labels=("label",), factors=("size",)))
     assert set(found.fidelity["prediction"]) == {"predicted", "linear", "marker_mean"}
     assert set(found.fidelity["marker"]) == {"P1", "P2"}
     inputs = set(found.classifiers["input"])
@@ -45,7 +45,7 @@ def test_a_stain_that_the_method_is_given_is_none_to_judge(
     method = {"name": "regression", "channels": [4, 8], "epochs": 1, "sources": ["DNA", "P1"]}
     plan = yaml.safe_load(dump(tiny)) | {"method": method, "data": str(store.path)}
     run = api.train(validate(Experiment, plan, "tiny"), out=tmp_path / "run", console=Console(file=io.StringIO()))
-    found = evaluate(run, store, tmp_path / "out", EvaluateConfig(labels=("label",), bootstrap=100))
+    found = evaluate(run, store, tmp_path / "out", EvaluateConfig(labels=("label",)))
     for table in (found.stains, found.fidelity, found.classifiers, found.cells):
         assert set(table["marker"]) == {"P2"}
     assert found.metrics["cells_used"]["test"] == 11
