@@ -47,7 +47,9 @@ def main() -> None:
 def median_cells(run_folder: Path, store_folder: Path, columns: int = 2) -> Figure:
     """Show each stain's median held-out cell."""
     run, store = imgshared.load_run(run_folder), imgshared.open_store(store_folder)
-    table = pd.read_csv(run_folder / "evaluation" / store_folder.stem / "cells.csv").dropna(subset=["pearson"])
+    table = pd.read_csv(run_folder / "evaluation" / store_folder.stem / "tables" / "cells.csv").dropna(
+        subset=["pearson"]
+    )
     rows = {str(cell): row for row, cell in enumerate(store.obs.index)}
     markers = [m for m in run.panel.proteins if (table["marker"] == m).any()]
     columns = min(columns, len(markers))

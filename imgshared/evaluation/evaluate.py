@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ import pandas as pd
 from imgshared.config import EvaluateConfig
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore
-from imgshared.evaluation import checks, fidelity, imputability, morphology, verdict
+from imgshared.evaluation import checks, fidelity, figure_data, imputability, morphology, verdict
 from imgshared.evaluation.classify import classify
 from imgshared.evaluation.collect import Part, Predict, Progress
 from imgshared.evaluation.labels import read_label
@@ -25,9 +26,11 @@ from imgshared.evaluation.probes import probe
 from imgshared.evaluation.refit import nested
 from imgshared.evaluation.report import Shown, write_report
 from imgshared.evaluation.study import Study, study
+from imgshared.evaluation.words import model_card
 from imgshared.prediction import Run, predict_cells
 
-LONG = ("cells", "features", "effects")  # tables that go to files of their own
+# Tables too long for metrics.json
+LONG = ("cells", "features", "effects", "pictures", "contradictions", "latent_maps")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Evaluation:
         Verdict on each label and protein: `verdict.judge_labels`.
     probes
         See `probes.probe`.
+    pictures, contradictions, latent_maps
+        What the report's pictures show: see `figure_data`.
     leaks, cautions
         What the result may not be believed for, and what the images themselves bring along: see `guard.cohort`. Empty
         as they should be.
@@ -86,6 +91,9 @@ class Evaluation:
     probabilities: pd.DataFrame
     labels: pd.DataFrame
     probes: pd.DataFrame
+    pictures: pd.DataFrame
+    contradictions: pd.DataFrame
+    latent_maps: pd.DataFrame
     leaks: list[str]
     cautions: list[str]
     notes: list[str]
@@ -103,7 +111,7 @@ def evaluate(
     *,
     predict: Predict = predict_cells,
 ) -> Evaluation:
-    """Judge a run on the held-out cells of a store, and write `metrics.json`, tables and `report.html` into `out`.
+    """Judge a run on the held-out cells of a store, and write `report.html`, a model card and tables into `out`.
 
     Parameters
     ----------
@@ -132,8 +140,9 @@ def evaluate(
     summary += verdict.differences(tables["conditions"])
 
     out.mkdir(parents=True, exist_ok=True)
-    for stale in ("metrics.json", *(f"{t}.csv" for t in LONG), "probabilities.parquet", "report.html"):
+    for stale in ("metrics.json", "model_card.md", "report.html"):
         (out / stale).unlink(missing_ok=True)  # of an earlier evaluation: results never mix
+    shutil.rmtree(out / "tables", ignore_errors=True)
     say("report", 0, 1)
     report = write_report(Shown(run, looked, tables, summary, notes), out / "report.html")
     tables["cells"] = _cell_table(looked.test, looked.config)
@@ -144,11 +153,14 @@ def evaluate(
         {"by": s.by, **{p: list(getattr(s, p)) for p in ("train", "val", "test")}} for s in looked.splits
     ]
     plain |= {name: _records(table) for name, table in tables.items() if name not in LONG}
-    for name in LONG:
-        if len(tables[name]):
-            _write(out / f"{name}.csv", partial(tables[name].to_csv, index=False, float_format="%.5g"))
+    (out / "tables").mkdir()
+    for name, table in tables.items():
+        if len(table):
+            _write(out / "tables" / f"{name}.csv", partial(table.to_csv, index=False, float_format="%.5g"))
     if len(probabilities):
-        _write(out / "probabilities.parquet", lambda path: probabilities.to_parquet(path, index=False))
+        _write(out / "tables" / "probabilities.parquet", lambda path: probabilities.to_parquet(path, index=False))
+    card = model_card(run, looked, tables, summary, notes)
+    _write(out / "model_card.md", lambda path: path.write_text(card, encoding="utf-8"))
     # The last one: where it stands, the others do.
     _write(out / "metrics.json", lambda path: path.write_text(json.dumps(plain, indent=1) + "\n"))
     say("report", 1, 1)
@@ -186,6 +198,9 @@ def _judge(looked: Study, say: Progress) -> tuple[dict[str, pd.DataFrame], pd.Da
     if not looked.nested:
         targets = (len(config.labels) + len(config.factors)) * len(test.latents)
         tables["probes"] = probe(looked.looks[0].train, test, config, _counter(say, "latent probes", targets))
+    tables["pictures"] = figure_data.pictures(test)
+    tables["contradictions"] = figure_data.contradictions(test.maps)
+    tables["latent_maps"] = figure_data.latent_points(test, panel.chromatin)
     return tables, told.probabilities, verdict.unsound(told.controls) + told.notes
 
 

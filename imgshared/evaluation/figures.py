@@ -255,33 +255,24 @@ def training_curves(rows: Iterable[Mapping[str, Any]]) -> str | None:
     return encode(figure)
 
 
-def latent_maps(latents: Mapping[str, NDArray[Any]], colours: Mapping[str, Any]) -> str:
-    """First two principal components of each latent (rows), coloured by each label or factor (columns).
+def latent_maps(points: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], colours: Mapping[str, Any]) -> str:
+    """Points of each latent (rows), (cells, (n, 2)), coloured by each label or factor (columns).
 
-    `colours` holds text (classes) or floats (viridis) a cell; cells whose latent is unknown are left out.
+    `colours` holds text (classes) or floats (viridis) of all cells.
     """
-    rows, columns = len(latents), len(colours)
+    rows, columns = len(points), len(colours)
     width = 7.2 / max(columns, 3)
     figure, grid = _grid(rows * columns, columns, width, width=width)
-    for i, (name, values) in enumerate(latents.items()):
-        known = np.isfinite(values).all(1)
-        points = _principal(values[known].astype(np.float64))
+    for i, (name, (cells, places)) in enumerate(points.items()):
         for j, (title, colour) in enumerate(colours.items()):
             ax = grid[i * columns + j]
-            _colour_points(figure, ax, points, np.asarray(colour)[known], explain=i == rows - 1)
+            _colour_points(figure, ax, places, np.asarray(colour)[cells], explain=i == rows - 1)
             ax.set_title(f"by {title}" if i == 0 else "", **STYLE)
             ax.set_ylabel(name if j == 0 else "", **STYLE)
             ax.set(xticks=[], yticks=[])
             for spine in ax.spines.values():
                 spine.set_color(RULE)
     return encode(figure)
-
-
-def _principal(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    x = (x - x.mean(0)) / np.maximum(x.std(0), 1e-9)
-    left, strength, _ = np.linalg.svd(x, full_matrices=False)
-    points: NDArray[np.float64] = (left * strength)[:, :2]
-    return points if points.shape[1] == 2 else np.column_stack([points[:, 0], np.zeros(len(x))])
 
 
 def _colour_points(figure: Figure, ax: Axes, points: NDArray[Any], colour: NDArray[Any], *, explain: bool) -> None:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from imgshared.config import EvaluateConfig, dump
 from imgshared.data.panel import Panel
-from imgshared.evaluation import figures, tables
+from imgshared.evaluation import figures, tables, words
 from imgshared.evaluation.collect import Part
 from imgshared.evaluation.figures import Example
 from imgshared.evaluation.matrix import BOTH
@@ -23,10 +23,7 @@ from imgshared.evaluation.verdict import CLEARS, NOT_INFERIOR, TOLD_BY_REAL
 from imgshared.prediction import Run
 from imgshared.training.log import read_metrics
 
-PERCENTILES = ((10, "poor"), (50, "median"), (90, "good"))  # of the per-cell Pearson: which cells are shown
 MAPS = 4  # columns of the latent maps
-SPECIFIC_MAPS = 4  # specific latents shown beside the shared one
-MAP_CELLS = 3000  # dots a map
 
 
 @dataclass(frozen=True)
@@ -95,6 +92,7 @@ def write_report(shown: Shown, path: Path) -> Path:
         maps=_maps(shown),
         curves=None if shown.study.nested else figures.training_curves(read_metrics(shown.run.path)),
         nested=shown.study.nested,
+        methods=words.methods(shown.run, shown.study),
         provenance=_provenance(shown),
         config=dump(shown.config),
     )
@@ -136,30 +134,21 @@ def _label_forests(shown: Shown) -> list[tuple[str, str]]:
 
 
 def _galleries(shown: Shown) -> list[tuple[str, str]]:
-    """Cells at stated percentiles of the per-cell Pearson, so that nobody chose them by eye."""
-    table = shown.test.fidelity
-    table = table[table["prediction"] == "predicted"]
-    chosen: list[tuple[str, list[tuple[int, str]]]] = []
-    for marker, part in table.groupby("marker", sort=False):
-        ranked = part.assign(pearson=part["pearson"].fillna(0)).sort_values("pearson", kind="stable")
-        picks = [ranked.iloc[round(q / 100 * (len(ranked) - 1))] for q, _ in PERCENTILES]
-        captions = [
-            f"{word}\n({q}th pct)\nr {p['pearson']:.2f}" for (q, word), p in zip(PERCENTILES, picks, strict=True)
-        ]
-        chosen.append((str(marker), [(int(p["position"]), c) for p, c in zip(picks, captions, strict=True)]))
-    positions = sorted({p for _, cells in chosen for p, _ in cells})
+    """Draw the cells of `figure_data.pictures`."""
+    table = shown.tables["pictures"]
+    positions = sorted(set(table["position"])) if len(table) else []
     if not positions:
         return []
     done = shown.study.predict(positions)
-    source = done.real[:, shown.panel.chromatin_index]
+    source, size = done.real[:, shown.panel.chromatin_index], shown.study.store.pixel_size_um
     drawn = []
-    for marker, cells in chosen:
-        channel = shown.panel.index(marker)
-        at = [(positions.index(p), caption) for p, caption in cells]
-        examples = [Example(source[i], done.real[i, channel], done.images["predicted"][i, channel], c) for i, c in at]
-        drawn.append(
-            (marker, figures.gallery(marker, shown.panel.chromatin, examples, shown.study.store.pixel_size_um))
-        )
+    for marker, part in table.groupby("marker", sort=False):
+        channel = shown.panel.index(str(marker))
+        examples = [
+            Example(source[i], done.real[i, channel], done.images["predicted"][i, channel], f"{rule}\nr {r:.2f}")
+            for i, rule, r in zip(map(positions.index, part["position"]), part["rule"], part["pearson"], strict=True)
+        ]
+        drawn.append((str(marker), figures.gallery(str(marker), shown.panel.chromatin, examples, size)))
     return drawn
 
 
@@ -188,19 +177,18 @@ def _effects(table: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def _maps(shown: Shown) -> str | None:
-    obs, latents = shown.test.obs, shown.test.latents
-    shared = f"z_s [{shown.panel.chromatin}]"
-    names = [shared] * (shared in latents) + [n for n in latents if n.startswith("z_m")][:SPECIFIC_MAPS]
+    table, obs = shown.tables["latent_maps"], shown.test.obs
+    if table.empty:
+        return None
     colours: dict[str, Any] = {n: obs[n].astype(str).to_numpy() for n in shown.config.labels}
     colours |= {n: pd.to_numeric(obs[n], errors="coerce").to_numpy(float) for n in shown.config.factors}
-    colours = dict(
-        list((colours or {shown.config.group: obs[shown.config.group].astype(str).to_numpy()}).items())[:MAPS]
-    )
-    if not names:
-        return None
-    some = np.sort(np.random.default_rng(0).permutation(len(obs))[:MAP_CELLS])
-    found = {n: latents[n][some] for n in names if np.isfinite(latents[n][some]).all(1).sum() > 2}
-    return figures.latent_maps(found, {n: c[some] for n, c in colours.items()}) if found else None
+    group = shown.config.group
+    colours = dict(list((colours or {group: obs[group].astype(str).to_numpy()}).items())[:MAPS])
+    points = {
+        str(name): (part["position"].to_numpy(), part[["pc1", "pc2"]].to_numpy())
+        for name, part in table.groupby("latent", sort=False)
+    }
+    return figures.latent_maps(points, colours)
 
 
 # --- words ----------------------------------------------------------------------------------------------------------

@@ -131,5 +131,5 @@ def run(tmp_path):
         panel=PANEL,
         split=split,
         contract=contract,
-        method=SimpleNamespace(sources=None),
+        method=SimpleNamespace(sources=None, parameters=list),
     )

@@ -82,23 +82,33 @@ def test_evaluation_of_planted_signals(done, tmp_path, world, run):
     assert any(s.startswith("switch, ") and "features that differ in real cells" in s for s in done.summary)
 
     out = tmp_path / "out"
-    assert sorted(p.name for p in out.iterdir()) == [
-        "cells.csv",
-        "effects.csv",
-        "features.csv",
-        "metrics.json",
-        "probabilities.parquet",
-        "report.html",
-    ]
+    assert sorted(p.name for p in out.iterdir()) == ["metrics.json", "model_card.md", "report.html", "tables"]
+    written = {p.name for p in (out / "tables").iterdir()}
+    assert written >= {"cells.csv", "effects.csv", "pictures.csv", "contradictions.csv", "latent_maps.csv"}
+    assert {f"{name}.csv" for name, rows in done.metrics.items() if rows and name in vars(done)} - written <= {
+        "leaks.csv", "cautions.csv", "notes.csv", "summary.csv",
+    }  # fmt: skip
     assert json.loads((out / "metrics.json").read_text()) == done.metrics
-    cells = pd.read_csv(out / "cells.csv")
+    cells = pd.read_csv(out / "tables" / "cells.csv")
     assert {"cell_id", "image", "group", "drug", "marker", "pearson", "intensity_real"} <= set(cells)
     assert set(cells["group"]) == set(run.split.test)
-    assert set(pd.read_csv(out / "effects.csv")["outcome"]) >= {"again", "missed"}
-    assert len(pd.read_csv(out / "features.csv")) == len(done.features) > 90
-    p = pd.read_parquet(out / "probabilities.parquet")
+    assert set(pd.read_csv(out / "tables" / "effects.csv")["outcome"]) >= {"again", "missed"}
+    assert len(pd.read_csv(out / "tables" / "features.csv")) == len(done.features) > 90
+    p = pd.read_parquet(out / "tables" / "probabilities.parquet")
     np.testing.assert_allclose(p.query("label == 'drug'")[["p_control", "p_treated"]].sum(axis=1), 1)
     check_report(done.report.read_text())
+
+    picks = done.pictures.query("marker == 'Rim'").set_index("rule")["pearson"]
+    assert list(picks.index) == ["worst", "10th pct", "median", "90th pct", "best"]
+    assert picks.is_monotonic_increasing
+    of_rim = cells.query("marker == 'Rim'")["pearson"]
+    assert (picks["worst"], picks["best"]) == pytest.approx((of_rim.min(), of_rim.max()), rel=1e-4)
+    card = (out / "model_card.md").read_text()
+    assert "| Rim | 0." in card
+    assert "drug: not inferior" in card
+    for said in ("6 trained and 2 stopped the training", "4 values of group were judged", "a loss of AUROC up to 0.05"):
+        assert said in card
+        assert said in done.report.read_text()
 
 
 class Reader(HTMLParser):
@@ -140,14 +150,11 @@ def test_labels_are_not_needed(world, run, store, tmp_path):
 
 
 def test_results_of_two_evaluations_never_mix(done, world, run, store, tmp_path):
-    assert (tmp_path / "out" / "probabilities.parquet").exists()
+    assert (tmp_path / "out" / "tables" / "probabilities.parquet").exists()
     evaluate(run, store, tmp_path / "out", EvaluateConfig(max_cells=60), predict=world.predict)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "cells.csv",
-        "features.csv",
-        "metrics.json",
-        "report.html",
-    ]
+    written = {p.name for p in (tmp_path / "out" / "tables").iterdir()}
+    assert written >= {"cells.csv", "features.csv"}
+    assert not written & {"probabilities.parquet", "effects.csv", "classifiers.csv", "labels.csv"}
 
 
 def test_a_single_held_out_group_is_said_to_have_no_interval(world, run, store, tmp_path):

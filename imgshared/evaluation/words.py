@@ -1,0 +1,107 @@
+"""The study in words: the methods paragraph of a supplement, and the one-page model card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from imgshared.evaluation.imputability import LOW
+from imgshared.evaluation.study import Study
+from imgshared.prediction import Run
+
+
+def methods(run: Run, study: Study) -> str:
+    """Say exactly what was done, for a supplement."""
+    store, config, experiment = study.store, study.config, run.experiment
+    size = f" at {store.pixel_size_um:g} µm a pixel" if store.pixel_size_um else ""
+    n = experiment.normalise
+    scale = f"{n.transform} (cofactor {n.cofactor:g})" if n.transform == "arcsinh" else n.transform
+    (train, _), (test, judged) = study.counts()["train"], study.counts()["test"]
+    sampled = f", a random sample of the {judged:,} there are (seed {config.seed})" if test < judged else ""
+    said = [
+        f"Cells were cut to {store.crop_px} × {store.crop_px} pixels{size}, showing {', '.join(run.panel.markers)}. "
+        f"Intensities were normalised by marker ({scale}, then the {n.low:g} to {n.high:g} percentile of the training "
+        "groups to 0 to 1)."
+    ]
+    by, sources = run.split.by, [run.panel.markers[c] for c in run.method.sources or (run.panel.chromatin_index,)]
+    said.append(
+        f"{experiment.method.name} (imgshared, seed {experiment.seed}) predicts each protein from {', '.join(sources)}."
+    )
+    if study.nested:
+        folds = "; ".join(f"{k}: {', '.join(s.test)}" for k, s in enumerate(study.splits, 1))
+        said.append(
+            f"In a nested study of {len(study.splits)} folds of {by} ({folds}), normaliser, model and classifiers were "
+            f"fitted without the fold that they were judged on; inner groups stopped the training."
+        )
+    else:
+        parts = [
+            f"{len(getattr(run.split, p))} {w}" for p, w in (("train", "trained"), ("val", "stopped the training"))
+        ]
+        said.append(f"Of {by}, {' and '.join(parts)}; the others were not seen before they were judged.")
+    groups = study.test.obs[config.group].nunique()
+    said.append(f"{test:,} cells of {groups} values of {config.group} were judged{sampled}.")
+    if config.labels:
+        where = "the training cells" if study.turns else f"{config.folds} folds of {config.fold or config.group}"
+        kinds = {
+            "features": "logistic regression (L2, C = 0.1, classes balanced) on 45 features of a stain",
+            "cnn": f"a {config.cnn} trained for {config.cnn_epochs} epochs",
+        }
+        said.append(
+            f"Classifiers of {', '.join(config.labels)} ({' and '.join(kinds[c] for c in config.classifiers)}) learnt "
+            f"from {where} and were tested on unseen values of {config.fold or config.group}, every input given by the "
+            f"same cells; a loss of AUROC up to {config.margin:g} did not count."
+        )
+    said.append(
+        f"Intervals are 95%, from the delete-one-{config.group} jackknife with Student's t. The floors are a marker's "
+        f"mean training picture and ridge regression on blurs of {run.panel.chromatin} ({train:,} training cells)."
+    )
+    return " ".join(said)
+
+
+def model_card(run: Run, study: Study, tables: dict[str, pd.DataFrame], summary: list[str], notes: list[str]) -> str:
+    """Write one page of Markdown: what the model is, what it may be used for, how far each stain can be trusted."""
+    lines = [f"# Model card: {run.path.name}", ""]
+    for word, reasons in (("LEAKING, do not cite", study.leaks), ("Caution", study.cautions)):
+        lines += [f"**{word}**: {reason}." for reason in reasons]
+    split = "nested folds" if study.nested else f"{run.split.by} {', '.join(run.split.train)}"
+    lines += [
+        "## What it is", "",
+        f"{run.experiment.method.name}, {sum(p.numel() for p in run.method.parameters()):,} parameters; predicts "
+        f"{', '.join(run.panel.proteins)} of single cells from {run.panel.chromatin}, or what else its method takes.",
+        f"Trained on {split} of `{study.store.path.name}` (SHA-256 {run.contract.data_hash[:12]}…), crops of "
+        f"{study.store.crop_px} px.", "",
+        "## What it may be used for", "",
+        "Predicting these stains in images of the same microscope, staining protocol, pixel size and kind of cell. Its "
+        "contract refuses other pixel sizes, crops, dtypes and missing markers; it cannot refuse another protocol.", "",
+        "## How far to trust each stain", "",
+        "| stain | pictures recovered | brightness recovered | floors | labels |", "|---|---|---|---|---|",
+        *_rows(tables), "",
+        f"Shares of the variation between cells of unseen groups, with 95% intervals; below {LOW:g}, do not use it for "
+        "that.", "",
+        "## What was found", "", *(f"- {s}" for s in summary), "",
+        "## How it was judged", "", methods(run, study), "",
+    ]  # fmt: skip
+    lines += ["## Notes", "", *(f"- {note}." for note in notes), ""] if notes else []
+    return "\n".join(lines)
+
+
+def _rows(tables: dict[str, pd.DataFrame]) -> Iterator[str]:
+    stains = {r["marker"]: r["verdict"] for r in tables["stains"].to_dict("records")}
+    for r in tables["imputability"].to_dict("records"):
+        marker = r["marker"]
+        told = tables["labels"]
+        mine = told[told["marker"] == marker].to_dict("records") if len(told) else []
+        labels = "; ".join(f"{t['label']}: {t['verdict']}" for t in mine) or "–"
+        shares = [
+            _share(r.get(name, np.nan), r.get(f"{name}_low", np.nan), r.get(f"{name}_high", np.nan))
+            for name in ("image", "intensity")
+        ]
+        yield f"| {marker} | {shares[0]} | {shares[1]} | {stains.get(marker, '–')} | {labels} |"
+
+
+def _share(value: float, low: float, high: float) -> str:
+    if np.isnan(value):
+        return "–"
+    return f"{value:.2f}" + ("" if np.isnan(low) else f" ({low:.2f} to {high:.2f})")
