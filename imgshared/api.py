@@ -25,6 +25,7 @@ from imgshared.data.prepare import prepare as _prepare
 from imgshared.data.segment import SegmentSettings
 from imgshared.data.simulate import simulate as _simulate
 from imgshared.data.store import CellStore
+from imgshared.evaluation.calibrate import calibrate
 from imgshared.evaluation.evaluate import Evaluation
 from imgshared.evaluation.evaluate import evaluate as _evaluate
 from imgshared.evaluation.imputability import assess, warnings_of
@@ -94,6 +95,7 @@ def train(
     console = console or Console()
     _train(experiment, Path(out), resume=resume, console=console)
     run = load_run(out)
+    calibrate(run, CellStore(experiment.data))
     if assess(run, CellStore(experiment.data)):
         for warning in warnings_of(run, run.panel.markers):
             console.print(f"imputability, on the validation groups: {warning}", highlight=False, soft_wrap=True)

@@ -18,7 +18,7 @@ gain         mean over cells of r minus the r of linear regression on blurred ch
 SSIM         mean structural similarity, data range 1
 detail       median spectral ratio: power of structures finer than 8 px, predicted over real; 1 is right
 intensity    Spearman r of the cells' mean intensities
-KID          kernel distance of the 45 per-cell features of `evaluation.features` (brightness, radial distribution,
+KID          kernel distance of the 45 per-cell features of `data.features` (brightness, radial distribution,
              texture, spots; no network, no outline), standardised by real training cells and clipped to +-3; 0 is best
 agreement    Cohen's kappa between the answers that a classifier (logistic regression on those features, trained on
              real stains of the training groups) gives on the real and on the predicted stain of the same cells; only

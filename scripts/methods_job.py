@@ -32,12 +32,12 @@ import imgshared
 from imgshared import metrics
 from imgshared.build import build_measured, build_normaliser, build_panel, build_split
 from imgshared.config import Experiment, load
+from imgshared.data.features import Frame, central_frame, stain_features, typical_radius
 from imgshared.data.feed import Feed
 from imgshared.data.normalise import Normaliser
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore, StoreWriter, panel_table
 from imgshared.evaluation.agreement import Reader, Standard, feature_distance
-from imgshared.evaluation.features import Frame, central_frame, stain_features, typical_radius
 from imgshared.evaluation.floors import Floors
 from imgshared.prediction import load_run, predict_cells
 from imgshared.training.folder import last_path

@@ -20,9 +20,9 @@ from sklearn.model_selection import GroupKFold
 from study_translator_simulated import stored
 
 from imgshared import metrics
+from imgshared.data.features import central_frame, frame, stain_features, typical_radius
 from imgshared.data.normalise import fit_normaliser
 from imgshared.data.store import CellStore
-from imgshared.evaluation.features import central_frame, frame, stain_features, typical_radius
 from imgshared.evaluation.labels import read_label
 from imgshared.evaluation.matrix import feature_probabilities
 

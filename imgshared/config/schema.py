@@ -138,6 +138,7 @@ class PredictConfig:
 
     markers: tuple[str, ...] | None = None  # None: every protein of the model
     sources: tuple[str, ...] | None = None  # None: those that the method is bound to, else chromatin
+    intervals: bool = False  # also the half width of each pixel's 90% interval, calibrated on the validation groups
     scale: bool = False  # also the predicted spread of each pixel, where the method has one
     sharp: bool = False  # also each prediction with texture, where the method has such an output
     full: bool = False  # also each measured stain rebuilt from all of its latents

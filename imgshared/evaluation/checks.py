@@ -17,7 +17,7 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 
 from imgshared import metrics
-from imgshared.evaluation.features import blur
+from imgshared.data.features import blur
 from imgshared.prediction.types import PredictedCells
 
 Floats = NDArray[np.float32]

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from imgshared.data.features import central_frame, extent_features, frame, shape_features, stain_features
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore
 from imgshared.evaluation import fidelity
 from imgshared.evaluation.checks import Bright, Maps, check
-from imgshared.evaluation.features import central_frame, extent_features, frame, shape_features, stain_features
 from imgshared.evaluation.floors import Floors
 from imgshared.prediction.types import PredictedCells
 
@@ -52,6 +52,8 @@ class Part:
         See `fidelity.compare` and `checks.check`; `position` counts within this part.
     maps
         `checks.Maps` by marker.
+    trust
+        See `coverage.compare`; `position` counts within this part.
     """
 
     cells: NDArray[np.intp]
@@ -64,6 +66,7 @@ class Part:
     fidelity: pd.DataFrame = field(default_factory=pd.DataFrame)
     checks: pd.DataFrame = field(default_factory=pd.DataFrame)
     maps: dict[str, Maps] = field(default_factory=dict)
+    trust: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def join(parts: Sequence[Part]) -> Part:
@@ -102,6 +105,7 @@ def join(parts: Sequence[Part]) -> Part:
         fidelity=table("fidelity"),
         checks=table("checks"),
         maps=maps,
+        trust=table("trust"),
     )
 
 
@@ -114,6 +118,7 @@ def collect(
     fit: Floors | None = None,
     against: Floors | None = None,
     bright: Bright | None = None,
+    trust: Callable[[PredictedCells], pd.DataFrame] | None = None,
     features: float | None = None,
     crops: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -130,13 +135,15 @@ def collect(
         Fitted floors to compare these (test) cells with; fills `Part.fidelity` and `Part.morphology`.
     bright
         Takes in the cells that `fit` takes; with `against`, fills `Part.checks` and `Part.maps`.
+    trust
+        Compares a block with its calibrated intervals; fills `Part.trust`.
     features
         Radius in px of the frame in which the features of every input are measured; None: no features.
     crops
         Whether to keep the pictures of every input.
     """
     part = Part(cells, store.obs.iloc[cells], np.zeros((len(cells), len(panel)), bool))
-    tables = []
+    tables, trusted = [], []
     rebuilt = features is not None or crops or against is not None
     for start, block in _blocks(cells):
         done = predict(block, full=rebuilt, shared=rebuilt)
@@ -153,6 +160,9 @@ def collect(
             _keep_morphology(part, done, rows, panel)
             if bright is not None:
                 _keep_checks(part, done, start, panel, bright)
+        if trust is not None:
+            within = trust(done)
+            trusted += [within.assign(position=within["position"] + start)] if len(within) else []
         if features is not None:
             _keep_features(part, done, rows, panel, features)
         if crops:
@@ -162,6 +172,8 @@ def collect(
             progress(rows.stop, len(cells))
     if tables:
         part.fidelity = pd.concat(tables, ignore_index=True)
+    if trusted:
+        part.trust = pd.concat(trusted, ignore_index=True)
     floors = fit or against
     if floors is not None and features is not None:
         _keep_means(part, panel, floors, features)

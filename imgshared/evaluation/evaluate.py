@@ -17,7 +17,7 @@ import pandas as pd
 from imgshared.config import EvaluateConfig
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore
-from imgshared.evaluation import checks, fidelity, figure_data, imputability, morphology, verdict
+from imgshared.evaluation import checks, coverage, fidelity, figure_data, imputability, morphology, verdict
 from imgshared.evaluation.classify import classify
 from imgshared.evaluation.collect import Part, Predict, Progress
 from imgshared.evaluation.labels import read_label
@@ -49,6 +49,9 @@ class Evaluation:
         See `imputability.imputability`.
     checks
         See `checks.summarise`: objects found and invented, detail, whether the source matters.
+    coverage, risk
+        See `coverage.summarise` and `coverage.risk`: do the intervals hold, does dropping unsure cells help; empty
+        where the run was not calibrated.
     cells
         One row a cell and measured protein: cell_id, image, group, labels, marker, l1, pearson, ssim, intensities.
     features, effects, conditions
@@ -80,6 +83,8 @@ class Evaluation:
     stains: pd.DataFrame
     imputability: pd.DataFrame
     checks: pd.DataFrame
+    coverage: pd.DataFrame
+    risk: pd.DataFrame
     cells: pd.DataFrame
     features: pd.DataFrame
     effects: pd.DataFrame
@@ -188,6 +193,7 @@ def _judge(looked: Study, say: Progress) -> tuple[dict[str, pd.DataFrame], pd.Da
     shown = imputability.shown(looked.run, looked.looks[0].cohort.source)
     tables["imputability"] = imputability.imputability(test.fidelity, shown)
     tables["checks"] = checks.summarise(test.checks)
+    tables |= {"coverage": coverage.summarise(test.trust), "risk": coverage.risk(test.trust)}
     say("cell features", 0, 1)
     tables |= dict(zip(("features", "effects", "conditions"), _measure(test, panel, config), strict=True))
     fits = len(config.labels) * len(panel.proteins) * len(config.classifiers) * len(MATRIX)
@@ -244,6 +250,11 @@ def _cell_table(test: Part, config: EvaluateConfig) -> pd.DataFrame:
     if len(test.checks):
         found = test.checks.assign(cell_id=test.obs.index[test.checks["position"].to_numpy(int)])
         table = table.merge(found[["cell_id", "marker", *checks.COLUMNS]], on=["cell_id", "marker"], how="left")
+    if len(test.trust):
+        found = test.trust.assign(cell_id=test.obs.index[test.trust["position"].to_numpy(int)])
+        table = table.merge(
+            found[["cell_id", "marker", "width", "ood", "abstain"]], on=["cell_id", "marker"], how="left"
+        )
     return table
 
 

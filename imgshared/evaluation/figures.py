@@ -125,6 +125,23 @@ def contradictions(maps: Mapping[str, Maps], most: int = 12) -> str:
     return encode(figure)
 
 
+def risk(table: pd.DataFrame) -> str:
+    """Draw the error of the surest cells over the share kept, a line a marker, relative to that of all cells."""
+    figure = Figure((5.6, 3.0), facecolor="white", layout="constrained")
+    ax = figure.subplots()
+    palette = (BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, INK, SOFT)
+    for k, (marker, part) in enumerate(table.groupby("marker", sort=False)):
+        whole = float(part.sort_values("kept")["error"].iloc[-1])
+        ax.plot(part["kept"], part["error"] / whole, "o-", ms=3, lw=1.4, color=palette[k % len(palette)], label=marker)
+    ax.axhline(1, color=SOFT, lw=0.8, ls=(0, (4, 3)))
+    ax.set_xlim(1.03, 0.07)
+    ax.set_xlabel("share of cells kept, the surest", **STYLE)
+    ax.set_ylabel("error, relative to all cells", **STYLE)
+    ax.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=2)
+    _clean(ax, "y")
+    return encode(figure)
+
+
 def _scale_bar(
     figure: Figure, total: tuple[float, float], grid: tuple[float, float, float], pixels: int, size_um: float | None
 ) -> None:

@@ -15,9 +15,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from imgshared import metrics
+from imgshared.data.features import EXTENT_NAMES, STAIN_NAMES
 from imgshared.data.panel import Panel
 from imgshared.evaluation.collect import COMPARED, Part
-from imgshared.evaluation.features import EXTENT_NAMES, STAIN_NAMES
 from imgshared.evaluation.labels import Label
 
 NAMES = (*STAIN_NAMES, *EXTENT_NAMES)

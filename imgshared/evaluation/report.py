@@ -74,6 +74,8 @@ def write_report(shown: Shown, path: Path) -> Path:
         intensities=_intensities(shown),
         fidelity=tables.fidelity_table(found["fidelity"]),
         checks=tables.check_table(found["checks"]),
+        coverage=tables.coverage_table(found["coverage"]),
+        risk=figures.risk(found["risk"]) if len(found["risk"]) else None,
         contradictions=figures.contradictions(shown.test.maps) if shown.test.maps else None,
         groups=tables.group_table(found["groups"], shown.config.group),
         features=tables.feature_table(found["features"]),

@@ -13,16 +13,18 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from imgshared.config import EvaluateConfig
+from imgshared.data.features import typical_radius
 from imgshared.data.split import Split, column
 from imgshared.data.store import CellStore
+from imgshared.evaluation import coverage
 from imgshared.evaluation.checks import Bright
 from imgshared.evaluation.classify import Turn
 from imgshared.evaluation.collect import Part, Predict, Progress, collect, join
-from imgshared.evaluation.features import typical_radius
 from imgshared.evaluation.floors import Floors
 from imgshared.evaluation.guard import Cohort, cohort
 from imgshared.evaluation.labels import check_values, grouped_folds, read_factor, read_label, refuse_broken_folds
 from imgshared.prediction import Run
+from imgshared.prediction.trust import load_trust
 from imgshared.prediction.types import PredictedCells
 from imgshared.types import InputError
 
@@ -182,15 +184,17 @@ def look(
         fit=floors, bright=bright, features=radius if on_train else None, crops=cnn and on_train,
         progress=partial(say, f"{what}training cells"),
     )  # fmt: skip
+    trust = load_trust(run.path)
     make = partial(_predict, partial(predict, run, store), bound)
     test = collect(
         make, store, panel, test_cells,
-        against=floors, bright=bright, features=radius, crops=cnn, progress=partial(say, f"{what}held-out cells"),
+        against=floors, bright=bright, trust=partial(coverage.compare, run, trust) if trust else None,
+        features=radius, crops=cnn, progress=partial(say, f"{what}held-out cells"),
     )  # fmt: skip
     if test.fidelity.empty:
         raise InputError(f"{store.path}: no protein of the model is measured in any held-out cell: nothing to judge")
     groups = test.obs[config.group].astype(str).to_numpy()
-    for table in (test.fidelity, test.checks):
+    for table in (test.fidelity, test.checks, test.trust):
         if len(table):
             table["group"] = groups[table["position"].to_numpy(int)]
     return Look(run, who, train, test, make)

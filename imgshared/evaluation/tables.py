@@ -144,6 +144,18 @@ def imputability_table(table: pd.DataFrame) -> Table:
     return head, rows
 
 
+def coverage_table(table: pd.DataFrame) -> Table | None:
+    """Share of pixels and cells within their intervals, and of cells better not predicted; None without calibration."""
+    if table.empty:
+        return None
+    rows = []
+    for marker, part in table.groupby("marker", sort=False):
+        scores = part.set_index("score")
+        rows.append([_text(marker), *(_value(scores.loc[name]) for name in ("pixels", "cell", "abstain"))])
+        rows[-1].append(_count(int(part["cells"].iloc[0])))
+    return ["stain", "pixels within", "cell means within", "better not predicted", "cells"], rows
+
+
 def check_table(table: pd.DataFrame) -> Table | None:
     """What predictions invent, miss, blur or ignore, a row a stain; None without any."""
     if table.empty:

@@ -21,6 +21,7 @@ from imgshared.data.store import CellStore, StoreWriter, panel_table, put_in_pla
 from imgshared.methods.base import LatentMethod
 from imgshared.prediction.cells import Progress, predict_batches
 from imgshared.prediction.run import Run
+from imgshared.prediction.trust import Trust, load_trust
 from imgshared.prediction.types import Floats, PredictedCells
 from imgshared.types import InputError
 
@@ -38,11 +39,15 @@ def predict(
 
     Written: `obs` of the store; `var` the predicted markers; `X` mean predicted intensity in each cell's mask;
     ``layers["measured"]``; ``obsm["predicted_images"]`` (N, T, Y, X) float32 in the raw units of the images, with
-    ``predicted_scale`` (standard deviation a pixel), ``sharp_images``, ``full_images`` and ``shared_images`` on
-    request; from a method with latents ``obsm["X_shared"]`` and ``obsm["X_<marker>"]``, the latents
-    (of the sources, and specific; NaN where a marker is not measured; a slash in its name becomes _). With
-    ``ome_tiff`` also ``<out>.ome/<image>.ome.tif``, the cells of an image as frames (TCYX), measured and predicted
-    channels named.
+    ``predicted_scale`` (standard deviation a pixel), ``interval_images`` (half width of each pixel's 90% interval),
+    ``sharp_images``, ``full_images`` and ``shared_images`` on request; from a method with latents ``obsm["X_shared"]``
+    and ``obsm["X_<marker>"]``, the latents (of the sources, and specific; NaN where a marker is not measured; a slash
+    in its name becomes _). With ``ome_tiff`` also ``<out>.ome/<image>.ome.tif``: the cells of an image as frames
+    (TCYX), measured and predicted channels named.
+
+    Where the run was calibrated (see `imgshared.prediction.trust`) and predicts from its usual sources, also
+    ``layers["uncertainty"]`` (half width of the 90% interval of `X`), ``layers["abstain"]`` (better not predicted) and
+    ``obs["ood"]`` (share of calibration cells with a less odd source; 1 is out of it all).
 
     Raises
     ------
@@ -64,15 +69,21 @@ def predict(
         raise InputError(
             f"{out} is, holds or lies in the store that is predicted: measured images are never overwritten"
         )
+    trust = _trust(run, config)
     with ExitStack() as stack:
         writer = stack.enter_context(StoreWriter(out, overwrite=overwrite))
         folder = Path(f"{out}.ome")
-        frames = stack.enter_context(OmeFrames(run, store, targets, folder, overwrite)) if config.ome_tiff else None
-        means, measured = _predict_all(run, store, targets, config, writer, frames, progress)
+        frames = (
+            stack.enter_context(OmeFrames(run, store, targets, folder, overwrite, intervals=config.intervals))
+            if config.ome_tiff
+            else None
+        )
+        means, layers, odd = _predict_all(run, store, targets, config, trust, writer, frames, progress)
         if frames:
             frames.flush()  # all that may fill the disk comes before either folder gets its name
         writer.finish(
-            store.obs, panel_table(run.panel).iloc[targets], means, layers={"measured": measured},
+            store.obs if odd is None else store.obs.assign(ood=odd), panel_table(run.panel).iloc[targets], means,
+            layers=layers,
             obsm={"spatial": store.obsm("spatial")}, info=_info(run, store, config),
         )  # fmt: skip
         if frames:
@@ -85,13 +96,14 @@ def _predict_all(
     store: CellStore,
     targets: Sequence[int],
     config: PredictConfig,
+    trust: Trust | None,
     writer: StoreWriter,
     frames: OmeFrames | None,
     progress: Progress | None,
-) -> tuple[Floats, NDArray[np.bool_]]:
-    """Write the images and latents batch by batch; return the cells' mean intensities and what was measured."""
+) -> tuple[Floats, dict[str, NDArray[Any]], NDArray[np.float64] | None]:
+    """Write the images and latents batch by batch; return the cells' mean intensities, layers and oddness."""
     normaliser = run.normaliser.select(targets)
-    means, measured, done = [], [], 0
+    means, layers, oddness, done = [], list[dict[str, NDArray[Any]]](), [], 0
     batches = predict_batches(
         run, store, np.arange(len(store)), sources=config.sources, full=config.full, shared=config.shared,
         sharp=config.sharp, batch_size=config.batch_size, targets=targets,
@@ -103,28 +115,48 @@ def _predict_all(
         for name in raw.keys() - {"predicted", "sharp"}:
             raw[name] *= part.measured[:, targets, None, None]
         arrays = {f"{name}_images": image for name, image in raw.items()}
-        if config.scale:
-            arrays["predicted_scale"] = _raw_scale(part, targets, normaliser)
+        guess = part.images["predicted"][:, targets]
+        if part.scale is not None and config.scale:
+            arrays["predicted_scale"] = _in_raw(guess, part.scale[:, targets], normaliser)
+        if trust is not None and config.intervals:
+            halves = np.stack([trust.pixels(part, c) for c in targets], 1)
+            arrays["interval_images"] = _in_raw(guess, halves, normaliser)
         writer.append(
             **arrays,
             **({"X_shared": part.shared["sources"]} if part.shared else {}),
             **{f"X_{marker.replace('/', '_')}": z for marker, z in part.specific.items()},
         )
         means.append(_mean_in_mask(raw["predicted"], part.masks))
-        measured.append(part.measured[:, targets])
+        layers.append({"measured": part.measured[:, targets]})
+        if trust is not None:
+            oddness.append(trust.odd(trust.describe(part, run.panel.chromatin_index)))
+            widths = [trust.pixels(part, c) for c in targets]
+            spread = [trust.cells(means[-1][:, k], c) for k, c in enumerate(targets)]
+            unsure = [trust.abstain(w.mean((1, 2)), oddness[-1], c) for w, c in zip(widths, targets, strict=True)]
+            layers[-1] |= {"uncertainty": np.stack(spread, 1), "abstain": np.stack(unsure, 1)}
         if frames:
-            frames.add(part, raw["predicted"])
+            frames.add(part, raw["predicted"], arrays.get("interval_images"))
         done += len(part.cells)
         if progress:
             progress(done, len(store))
-    return np.concatenate(means), np.concatenate(measured)
+    whole = {name: np.concatenate([each[name] for each in layers]) for name in layers[0]}
+    return np.concatenate(means), whole, np.concatenate(oddness) if oddness else None
 
 
-def _raw_scale(part: PredictedCells, targets: Sequence[int], normaliser: Normaliser) -> Floats:
-    """Half of what lies between one standard deviation above and below the mean, in raw units."""
-    assert part.scale is not None
-    mean, scale = (torch.from_numpy(x[:, targets]) for x in (part.images["predicted"], part.scale))
-    return np.asarray((normaliser.inverse(mean + scale) - normaliser.inverse(mean - scale)).numpy() / 2, np.float32)
+def _trust(run: Run, config: PredictConfig) -> Trust | None:
+    """Return the run's calibration where it holds for these sources."""
+    usual = run.source_mask(config.sources).equal(run.source_mask(None))
+    trust = load_trust(run.path) if usual else None
+    if config.intervals and trust is None:
+        why = "has no validation group to calibrate on" if usual else "is calibrated for its usual sources alone"
+        raise InputError(f"intervals=true: {run.path} {why}; leave it out")
+    return trust
+
+
+def _in_raw(mean: Floats, half: Floats, normaliser: Normaliser) -> Floats:
+    """Half of what lies between as much above and below the mean, in raw units."""
+    m, h = torch.from_numpy(np.ascontiguousarray(mean)), torch.from_numpy(np.ascontiguousarray(half))
+    return np.asarray((normaliser.inverse(m + h) - normaliser.inverse(m - h)).numpy() / 2, np.float32)
 
 
 def _refuse_unknown_wishes(run: Run, config: PredictConfig) -> None:
@@ -166,6 +198,8 @@ def _info(run: Run, store: CellStore, config: PredictConfig) -> dict[str, Any]:
 class OmeFrames:
     """One OME-TIFF an image: cells are frames (T), channels the measured stains and the predicted ones, float32.
 
+    On request also the half widths of the predictions' intervals.
+
     Written beside, into ``<folder>.partial``, and renamed by `finish`; left without it, nothing remains.
 
     Raises
@@ -174,12 +208,15 @@ class OmeFrames:
         Where the folder exists (without `overwrite`), or two images of the store would share a file.
     """
 
-    def __init__(self, run: Run, store: CellStore, targets: Sequence[int], folder: Path, overwrite: bool) -> None:
+    def __init__(
+        self, run: Run, store: CellStore, targets: Sequence[int], folder: Path, overwrite: bool, *, intervals: bool
+    ) -> None:
         if folder.exists() and not overwrite:
             raise InputError(f"{folder} exists already: choose another name, or pass --overwrite to replace it")
         self.run, self.store, self.targets = run, store, targets
         self.folder, self.partial = folder, Path(f"{folder}.partial")
-        self.names = [*run.panel.markers, *(f"{run.panel.markers[t]} (predicted)" for t in targets)]
+        kinds = ("predicted", "90% interval") if intervals else ("predicted",)
+        self.names = [*run.panel.markers, *(f"{run.panel.markers[t]} ({kind})" for kind in kinds for t in targets)]
         self._images = store.obs["image"].astype(str).to_numpy()
         _refuse_shared_files(self._images)
         self._image: str | None = None
@@ -193,7 +230,7 @@ class OmeFrames:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)  # gone already where finished
 
-    def add(self, part: PredictedCells, predicted: Floats) -> None:
+    def add(self, part: PredictedCells, predicted: Floats, intervals: Floats | None = None) -> None:
         """Append cells, which come image by image in the order of the store."""
         real = self.run.normaliser.inverse(torch.from_numpy(part.real)).numpy() * part.measured[..., None, None]
         images = self._images[part.cells]
@@ -202,7 +239,8 @@ class OmeFrames:
                 self.flush()
                 self._image = image
             rows = images == image
-            self._frames.append(np.concatenate([real[rows], predicted[rows]], 1).astype(np.float32))
+            shown = [real, predicted] if intervals is None else [real, predicted, intervals]
+            self._frames.append(np.concatenate([x[rows] for x in shown], 1).astype(np.float32))
 
     def finish(self) -> None:
         """Give the folder its name."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from imgshared.evaluation.features import blur
+from imgshared.data.features import blur
 from imgshared.evaluation.floors import Floors
 
 rng = np.random.default_rng(0)

@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
+from imgshared.data.features import EXTENT_NAMES
 from imgshared.data.panel import Panel
 from imgshared.evaluation import morphology
 from imgshared.evaluation.collect import Part
-from imgshared.evaluation.features import EXTENT_NAMES
 from imgshared.evaluation.labels import read_label
 
 PANEL = Panel(("DNA", "P"), "DNA")

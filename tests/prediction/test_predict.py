@@ -37,7 +37,8 @@ def test_the_written_store_is_an_anndata_with_what_is_documented(trained_run, to
     assert digest(toy.path) == before
     data = anndata.read_zarr(out)
     assert list(data.var_names) == ["P1", "P2"]
-    assert data.obs.equals(toy.obs)
+    assert data.obs.drop(columns="ood").equals(toy.obs)
+    assert set(data.layers) == {"measured", "uncertainty", "abstain"}  # calibrated on its validation group
     shapes = {name: (data.obsm[name].shape, data.obsm[name].dtype) for name in data.obsm}
     assert shapes == {
         "predicted_images": ((80, 2, 16, 16), np.float32),
@@ -218,7 +219,8 @@ def test_the_sharp_output_is_written_in_raw_units_beside_the_mean(trained_run, t
     torch.manual_seed(0)
     method = build_method(config, trained_run.panel, trained_run.contract.crop_px).eval()
     torch.nn.init.normal_(method.network.texture.head.last.weight)  # it starts at zero
-    run = replace(trained_run, method=method, experiment=replace(trained_run.experiment, method=config))
+    experiment = replace(trained_run.experiment, method=config)
+    run = replace(trained_run, path=tmp_path, method=method, experiment=experiment)  # never calibrated
     out = anndata.read_zarr(predict(run, toy, tmp_path / "p.zarr", PredictConfig(sharp=True, markers=("P2",))))
     cells = predict_cells(run, toy, sharp=True, full=False, shared=False)
     assert set(cells.images) == {"predicted", "sharp"}

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from imgshared.evaluation.features import (
+from imgshared.data.features import (
     EXTENT_NAMES,
     SHAPE,
     STAIN_NAMES,
