@@ -78,7 +78,7 @@ def _learn(run: Run, store: CellStore, train: NDArray[np.intp], radius: float) -
     latents, sources = [], []
     for done in _blocks(run, store, train):
         floors.add(done.real, done.measured)
-        sources.append(describe_source(done, run.panel.chromatin_index, radius))
+        sources.append(describe_source(done, run.source_channel, radius))
         latents += [done.shared["sources"]] if done.shared else []
     components, mean, z = np.zeros((0, 0)), np.zeros(0), np.concatenate(latents) if latents else None
     if z is not None:
@@ -109,7 +109,7 @@ def _fit(
     for done in _blocks(run, store, val):
         here = groups[start : start + len(done.cells)]
         start += len(done.cells)
-        source = describe_source(done, chromatin, radius)
+        source = describe_source(done, run.source_channel, radius)
         latent = describe_latent(done.shared.get("sources"), reference.components, reference.mean_latent)
         oddness.append(distance(np.hstack([source, *latent]), *reference[:3]))
         raw = in_raw(run, done)

@@ -22,7 +22,7 @@ def compare(run: Run, trust: Trust, done: PredictedCells) -> pd.DataFrame:
     `abstain`.
     """
     chromatin = run.panel.chromatin_index
-    odd, raw = trust.odd(trust.describe(done, chromatin)), in_raw(run, done)
+    odd, raw = trust.odd(trust.describe(done, run.source_channel)), in_raw(run, done)
     tables = []
     for channel, marker in enumerate(run.panel.markers):
         known = np.flatnonzero(done.measured[:, channel] & done.measured[:, chromatin])

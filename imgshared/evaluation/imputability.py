@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from imgshared import metrics
+from imgshared.build import build_measured
 from imgshared.data.store import CellStore
 from imgshared.evaluation.collect import collect
 from imgshared.evaluation.floors import Floors
@@ -117,9 +118,12 @@ def assess(run: Run, store: CellStore) -> Path | None:
 
 
 def shown(run: Run, store: CellStore) -> dict[str, int]:
-    """Count the training cells that show each marker."""
+    """Count the training cells that show each marker to the model."""
     train = run.split.assign(store.obs) == "train"
-    counts = store.measured[np.ix_(train, store.panel.indices(run.panel.markers))].sum(0)
+    if store.data_hash == run.contract.data_hash:
+        counts = build_measured(run.experiment, store, run.panel)[train].sum(0)
+    else:
+        counts = store.measured[np.ix_(train, store.panel.indices(run.panel.markers))].sum(0)
     return dict(zip(run.panel.markers, map(int, counts), strict=True))
 
 

@@ -55,6 +55,11 @@ class Run:
         """Raw intensities to the model's and back."""
         return self.contract.normaliser
 
+    @property
+    def source_channel(self) -> int:
+        """The first stain that is predicted from in the method's usual question."""
+        return (self.method.sources or (self.panel.chromatin_index,))[0]
+
     def source_mask(self, names: Sequence[str] | None = None) -> Tensor:
         """Return the channels that the method is given, (C,) bool: the named ones, or those of its usual question.
 

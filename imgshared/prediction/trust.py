@@ -78,10 +78,10 @@ class Trust:
         found = distance(described, self.centre, self.scale, self.precision)
         return np.searchsorted(self.distances, found) / len(self.distances)
 
-    def describe(self, done: PredictedCells, chromatin: int) -> NDArray[np.float64]:
-        """Describe cells by their source, (n, D): features, shape, and where it has one its shared latent."""
-        source = describe_source(done, chromatin, self.radius)
-        return np.hstack([source, *describe_latent(done.shared.get("sources"), self.components, self.mean_latent)])
+    def describe(self, done: PredictedCells, source: int) -> NDArray[np.float64]:
+        """Describe cells by their source (a channel), (n, D): features, shape, and its shared latent if it has one."""
+        features = describe_source(done, source, self.radius)
+        return np.hstack([features, *describe_latent(done.shared.get("sources"), self.components, self.mean_latent)])
 
     def abstain(self, widths: Floats, odd: NDArray[np.float64], channel: int) -> NDArray[np.bool_]:
         """Say of which cells a marker is better not predicted, by their pixels' mean half width (n,) and `odd`."""
@@ -116,10 +116,10 @@ def load_trust(run: Path) -> Trust | None:
         raise InputError(f"{path} is damaged ({error}): remove it, and train --resume makes it again") from error
 
 
-def describe_source(done: PredictedCells, chromatin: int, radius: float) -> NDArray[np.float64]:
-    """Features of chromatin in one frame, and the shape of the nucleus: (n, D)."""
+def describe_source(done: PredictedCells, source: int, radius: float) -> NDArray[np.float64]:
+    """Features of the source stain (a channel) in one frame, and the shape of the nucleus: (n, D)."""
     where = central_frame(len(done.cells), done.real.shape[-1], radius)
-    blocks = [stain_features(done.real[:, chromatin], where), shape_features(done.masks)]
+    blocks = [stain_features(done.real[:, source], where), shape_features(done.masks)]
     return np.nan_to_num(np.hstack(blocks).astype(np.float64))
 
 

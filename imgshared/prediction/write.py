@@ -129,7 +129,7 @@ def _predict_all(
         means.append(_mean_in_mask(raw["predicted"], part.masks))
         layers.append({"measured": part.measured[:, targets]})
         if trust is not None:
-            oddness.append(trust.odd(trust.describe(part, run.panel.chromatin_index)))
+            oddness.append(trust.odd(trust.describe(part, run.source_channel)))
             widths = [trust.pixels(part, c) for c in targets]
             spread = [trust.cells(means[-1][:, k], c) for k, c in enumerate(targets)]
             unsure = [trust.abstain(w.mean((1, 2)), oddness[-1], c) for w, c in zip(widths, targets, strict=True)]
