@@ -59,7 +59,7 @@ def main() -> None:
                 for row in judged(found.labels, found.imputability, scenario)
             ]
     table = pd.DataFrame(rows)
-    counted = table[table["verdict"] != "not in the real stain"]
+    counted = table[~table["verdict"].isin(["not in the real stain", "in the prediction alone"])]
     summary = counted.groupby("cause", sort=False)["right"].agg(["mean", "count"]).reset_index()
     wrong = float(1 - counted["right"].mean())
     record(a.record or a.out / "verdicts.json", {"rows": rows, "wrong": wrong})
