@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -145,9 +144,9 @@ def evaluate(
     summary += verdict.differences(tables["conditions"])
 
     out.mkdir(parents=True, exist_ok=True)
-    for stale in ("metrics.json", "model_card.md", "report.html"):
+    files = [f"tables/{name}.csv" for name in tables | {"cells": None}]
+    for stale in ("metrics.json", "model_card.md", "report.html", "tables/probabilities.parquet", *files):
         (out / stale).unlink(missing_ok=True)  # of an earlier evaluation: results never mix
-    shutil.rmtree(out / "tables", ignore_errors=True)
     say("report", 0, 1)
     report = write_report(Shown(run, looked, tables, summary, notes), out / "report.html")
     tables["cells"] = _cell_table(looked.test, looked.config)
@@ -158,7 +157,7 @@ def evaluate(
         {"by": s.by, **{p: list(getattr(s, p)) for p in ("train", "val", "test")}} for s in looked.splits
     ]
     plain |= {name: _records(table) for name, table in tables.items() if name not in LONG}
-    (out / "tables").mkdir()
+    (out / "tables").mkdir(exist_ok=True)
     for name, table in tables.items():
         if len(table):
             _write(out / "tables" / f"{name}.csv", partial(table.to_csv, index=False, float_format="%.5g"))
