@@ -147,10 +147,14 @@ def evaluate(
     run, store = _opened(run, store)
     config = _settings(EvaluateConfig, settings)
     out = _evaluation_folder(run, store, out, config)
-    if config.refit:
-        refit(run, store, out, console=console, config=config)
-    with _bar(console, "evaluate") as moved:
-        return _evaluate(run, store, out, config, progress=moved)
+    if not config.refit:
+        with _bar(console, "evaluate") as moved:
+            return _evaluate(run, store, out, config, progress=moved)
+    with _bar(console, "nested study") as whole:
+        _refit(run, store, out, config, None, console, whole)
+        whole("judgement", config.folds, config.folds + 1)
+        with _bar(console, "evaluate") as moved:
+            return _evaluate(run, store, out, config, progress=moved)
 
 
 def refit(
@@ -169,13 +173,26 @@ def refit(
     """
     run, store = _opened(run, store)
     config = _settings(EvaluateConfig, settings)
+    with _bar(console, "nested study") as whole:
+        _refit(run, store, _evaluation_folder(run, store, out, config), config, fold, console, whole)
+
+
+def _refit(
+    run: Run,
+    store: CellStore,
+    out: Path,
+    config: EvaluateConfig,
+    fold: int | None,
+    console: Console | None,
+    moved: Callable[[str, int, int], None],
+) -> None:
     shown = console or Console(quiet=True)
 
     def fit(experiment: Experiment, folder: Path, resume: bool) -> None:
         shown.rule(f"{folder.name.replace('_', ' ')}, without {experiment.split.by} {_names(experiment.split.test)}")
         _train(experiment, folder, resume=resume, console=shown)
 
-    fit_folds(run, store, _evaluation_folder(run, store, out, config), config, fit, fold)
+    fit_folds(run, store, out, config, fit, fold, moved)
 
 
 def _evaluation_folder(run: Run, store: CellStore, out: PathLike | None, config: EvaluateConfig) -> Path:

@@ -24,7 +24,7 @@ from imgshared.data.features import central_frame, frame, stain_features, typica
 from imgshared.data.normalise import fit_normaliser
 from imgshared.data.store import CellStore
 from imgshared.evaluation.labels import read_label
-from imgshared.evaluation.matrix import feature_probabilities
+from imgshared.evaluation.solve import feature_probabilities
 
 LABELS = ("treatment", "cell_type", "drug")
 

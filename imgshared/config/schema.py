@@ -163,7 +163,7 @@ class EvaluateConfig:
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.05  # a loss of AUROC against the real stain that does not count
     classifiers: tuple[Literal["features", "cnn"], ...] = ("features",)
     cnn: str = "resnet10t"  # any timm model
-    cnn_epochs: Count = 15
+    cnn_steps: Annotated[int, Field(ge=20)] = 600  # batches of 64 crops, at most, for each network
     refit: bool = False  # nested: train a normaliser, model and classifiers for each fold of groups
     allow_seen_groups: bool = False  # judge groups that trained the model, too; the report is marked as leaking
     max_cells: Count = 20000  # a part larger than this is sampled, and the report says so

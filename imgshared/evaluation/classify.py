@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from imgshared.config import EvaluateConfig
 from imgshared.data.panel import Panel
 from imgshared.evaluation import controls
 from imgshared.evaluation.collect import Part
+from imgshared.evaluation.jobs import Cells, Job, Probabilities
 from imgshared.evaluation.labels import (
     Label,
     grouped_folds,
@@ -27,7 +29,8 @@ from imgshared.evaluation.labels import (
     refuse_broken_folds,
     refuse_shared_groups,
 )
-from imgshared.evaluation.matrix import ACROSS, ARROW, BOTH, WITHIN, Case, Cells, Fit, Probabilities
+from imgshared.evaluation.matrix import ACROSS, ARROW, BOTH, WITHIN, Case, Fit, Inputs, name_of
+from imgshared.evaluation.solve import solve
 from imgshared.types import InputError
 
 CONTRASTS = (
@@ -76,7 +79,8 @@ def classify(
     turns: Sequence[Turn],
     panel: Panel,
     config: EvaluateConfig,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    cache: Path | None = None,
 ) -> Classified:
     """Run the harness.
 
@@ -87,6 +91,8 @@ def classify(
     turns
         (training cells of an imputer, rows of `test` that it never saw), a pair an imputer; none: classifiers learn in
         folds among the held-out cells.
+    cache
+        See `solve.solve`.
 
     Raises
     ------
@@ -99,10 +105,64 @@ def classify(
         for unit in {fold, config.group}:
             refuse_shared_groups(train.obs, test.obs.iloc[rows_of], unit)
     groups = test.obs[config.group].astype(str).to_numpy()
+    asked, notes = _ask(test, turns, panel, config)
+    answers = iter(solve([job for question in asked for job in question.jobs], config, cache, progress))
     rows: dict[str, list[Any]] = {
         name: [] for name in ("scores", "contrasts", "agreement", "controls", "probabilities")
     }
-    notes: list[str] = []
+    for question in asked:
+        found = question.found(answers)
+        row, plan = question.row, question.plan
+        tested = np.concatenate([fit.test for fit in plan])
+        truth, at = np.concatenate([fit.truth for fit in plan]), groups[tested]
+        rows["scores"] += _score(row, found, truth, at)
+        rows["contrasts"] += _contrast(row, found, truth, at)
+        rows["agreement"] += _agree(row, found, at)
+        rows["controls"] += [{**row, "value": control.auroc(answers)} for control in question.controls]
+        rows["probabilities"] += _tables(row, found, question.label, test.obs.index[tested], truth)
+    said = {name: pd.DataFrame(found) for name, found in rows.items() if name != "probabilities"}
+    said["controls"] = controls.judge(said["controls"], said["scores"])
+    tables = rows["probabilities"]
+    return Classified(
+        **said, probabilities=pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), notes=notes
+    )
+
+
+@dataclass(frozen=True)
+class _Question:
+    """All classifiers of one label, marker and backend.
+
+    Parameters
+    ----------
+    routes
+        What is learnt from, what that is tested on, and a job a fit.
+    controls
+        The same with permuted labels.
+    """
+
+    row: dict[str, Any]
+    label: Label
+    plan: list[Fit]
+    routes: list[tuple[Inputs, list[Inputs], list[Job]]]
+    controls: list[controls.Control]
+
+    @property
+    def jobs(self) -> list[Job]:
+        """In the order in which `found` and then the controls take their answers."""
+        own = [job for _, _, jobs in self.routes for job in jobs]
+        return own + [job for control in self.controls for job in control.jobs]
+
+    def found(self, answers: Iterator[list[Probabilities]]) -> dict[str, Probabilities]:
+        """Class probabilities by classifier, (n, classes), of the test rows of every fit, one after the other."""
+        return {
+            name_of(learn, given): np.concatenate(each)
+            for learn, tests, jobs in self.routes
+            for given, each in zip(tests, zip(*[next(answers) for _ in jobs], strict=True), strict=True)
+        }
+
+
+def _ask(test: Part, turns: Sequence[Turn], panel: Panel, config: EvaluateConfig) -> tuple[list[_Question], list[str]]:
+    asked, notes = [], []
     for name in config.labels:
         label = read_label(test.obs, name, config.label_values)
         notes += _dropped(label)
@@ -116,25 +176,10 @@ def classify(
                 continue
             for backend in config.classifiers:
                 case = Case(test, panel, marker, backend, len(label.classes), config)
+                routes = [(learn, tests, case.jobs(plan, learn, tests)) for learn, tests in case.routes(plan)]
                 row = {"label": name, "marker": marker, "backend": backend}
-                found: dict[str, Probabilities] = {}
-                for learn, tests in case.routes(plan):
-                    if progress:
-                        progress(f"{name}: {marker} {' + '.join(learn)}, {backend}")
-                    found |= case.probabilities(plan, learn, tests)
-                tested = np.concatenate([fit.test for fit in plan])
-                truth, at = np.concatenate([fit.truth for fit in plan]), groups[tested]
-                rows["scores"] += _score(row, found, truth, at, config)
-                rows["contrasts"] += _contrast(row, found, truth, at, config)
-                rows["agreement"] += _agree(row, found, at, config)
-                rows["controls"] += [{**row, "value": value} for value in controls.permute(case, plan)]
-                rows["probabilities"] += _tables(row, found, label, test.obs.index[tested], truth)
-    said = {name: pd.DataFrame(found) for name, found in rows.items() if name != "probabilities"}
-    said["controls"] = controls.judge(said["controls"], said["scores"])
-    tables = rows["probabilities"]
-    return Classified(
-        **said, probabilities=pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), notes=notes
-    )
+                asked.append(_Question(row, label, plan, routes, list(controls.permute(case, plan))))
+    return asked, notes
 
 
 def _usable(codes: Cells, part: Part, channel: int, panel: Panel) -> NDArray[np.bool_]:
@@ -176,7 +221,7 @@ def _plan(
 
 
 def _score(
-    row: dict[str, Any], found: dict[str, Probabilities], truth: Cells, groups: NDArray[Any], config: EvaluateConfig
+    row: dict[str, Any], found: dict[str, Probabilities], truth: Cells, groups: NDArray[Any]
 ) -> list[dict[str, Any]]:
     rows = []
     for given, p in found.items():
@@ -192,7 +237,7 @@ def _score(
 
 
 def _contrast(
-    row: dict[str, Any], found: dict[str, Probabilities], truth: Cells, groups: NDArray[Any], config: EvaluateConfig
+    row: dict[str, Any], found: dict[str, Probabilities], truth: Cells, groups: NDArray[Any]
 ) -> list[dict[str, Any]]:
     """Paired: both inputs are scored on the same drawn groups."""
     rows = []
@@ -204,9 +249,7 @@ def _contrast(
     return rows
 
 
-def _agree(
-    row: dict[str, Any], found: dict[str, Probabilities], groups: NDArray[Any], config: EvaluateConfig
-) -> list[dict[str, Any]]:
+def _agree(row: dict[str, Any], found: dict[str, Probabilities], groups: NDArray[Any]) -> list[dict[str, Any]]:
     real = found["real"].argmax(1)
     return [
         {**row, "prediction": given, **metrics.estimate(

@@ -4,23 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from imgshared import metrics
 from imgshared.evaluation.collect import MEAN, Part
+from imgshared.evaluation.jobs import Cells, Job, Probabilities
 from imgshared.evaluation.labels import permuted
-from imgshared.evaluation.matrix import Case, Cells, Fit
+from imgshared.evaluation.matrix import Case, Fit
 
 COUNT = {"features": 10, "cnn": 1}  # times that labels are permuted, for each stain
 PERMUTATION = "labels permuted across groups"
 CHANCE = 0.05  # AUROC above 0.5 that a control may reach
 
 
-def permute(case: Case, plan: Sequence[Fit]) -> Iterator[float]:
-    """Yield the AUROC of classifiers that learn permuted labels from real stains and are tested on permuted labels."""
+@dataclass(frozen=True)
+class Control:
+    """Classifiers that learn permuted labels from real stains and are tested on permuted labels.
+
+    Parameters
+    ----------
+    jobs, truth
+        A job a fit; the permuted classes of their tests, one after another.
+    """
+
+    jobs: list[Job]
+    truth: Cells
+
+    def auroc(self, answers: Iterator[list[Probabilities]]) -> float:
+        """Return the AUROC, given each job's answers in turn."""
+        p = np.concatenate([next(answers)[0] for _ in self.jobs])
+        return float(metrics.auroc(np.zeros(len(self.truth)), self.truth, p)(np.ones((1, 1)))[0])
+
+
+def permute(case: Case, plan: Sequence[Fit]) -> Iterator[Control]:
+    """Yield `COUNT` controls by permuted labels; fewer where a fold would lack a class."""
     count, seed = COUNT[case.backend], case.config.seed
+    if ("real",) not in dict(case.routes(plan)):
+        return
     rows, truth = (np.concatenate([getattr(fit, name) for fit in plan]) for name in ("test", "truth"))
     tested = _trade(case, case.held, rows, truth, count, seed)
     learnt = [
@@ -32,11 +55,9 @@ def permute(case: Case, plan: Sequence[Fit]) -> Iterator[float]:
             dataclasses.replace(fit, classes=mine[k][fit.learn], truth=tested[k][fit.test])
             for fit, mine in zip(plan, learnt, strict=True)
         ]
-        if any(len(np.unique(fit.classes)) < case.classes for fit in turned):
-            continue  # a fold would lack a class
-        told = np.concatenate([fit.truth for fit in turned])
-        p = case.probabilities(turned, ("real",), [("real",)])["real"]
-        yield float(metrics.auroc(np.zeros(len(told)), told, p)(np.ones((1, 1)))[0])
+        if all(len(np.unique(fit.classes)) == case.classes for fit in turned):
+            jobs = case.jobs(turned, ("real",), [("real",)])
+            yield Control(jobs, np.concatenate([fit.truth for fit in turned]))
 
 
 def judge(permutations: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:

@@ -20,7 +20,6 @@ from imgshared.evaluation import checks, coverage, fidelity, figure_data, imputa
 from imgshared.evaluation.classify import classify
 from imgshared.evaluation.collect import Part, Predict, Progress
 from imgshared.evaluation.labels import read_label
-from imgshared.evaluation.matrix import MATRIX
 from imgshared.evaluation.probes import probe
 from imgshared.evaluation.refit import nested
 from imgshared.evaluation.report import Shown, write_report
@@ -138,7 +137,7 @@ def evaluate(
     say = progress or (lambda what, done, total: None)
     out = Path(out)
     looked = nested(run, store, out, config, say) if config.refit else study(run, store, config, predict, say)
-    tables, probabilities, notes = _judge(looked, say)
+    tables, probabilities, notes = _judge(looked, out / "cache", say)
     notes = [*_told_of(run, looked), *notes]
     summary = verdict.sentences(tables["stains"], tables["labels"], run.panel.chromatin)
     summary += verdict.differences(tables["conditions"])
@@ -180,7 +179,7 @@ def evaluate(
     )
 
 
-def _judge(looked: Study, say: Progress) -> tuple[dict[str, pd.DataFrame], pd.DataFrame, list[str]]:
+def _judge(looked: Study, cache: Path, say: Progress) -> tuple[dict[str, pd.DataFrame], pd.DataFrame, list[str]]:
     """Return the tables by name, the classifiers' probabilities, and notes."""
     panel, config, test = looked.run.panel, looked.config, looked.test
     say("intervals", 0, 1)
@@ -195,8 +194,7 @@ def _judge(looked: Study, say: Progress) -> tuple[dict[str, pd.DataFrame], pd.Da
     tables |= {"coverage": coverage.summarise(test.trust), "risk": coverage.risk(test.trust)}
     say("cell features", 0, 1)
     tables |= dict(zip(("features", "effects", "conditions"), _measure(test, panel, config), strict=True))
-    fits = len(config.labels) * len(panel.proteins) * len(config.classifiers) * len(MATRIX)
-    told = classify(test, looked.turns, panel, config, _counter(say, "classifiers", fits))
+    told = classify(test, looked.turns, panel, config, say, cache)
     tables |= {"classifiers": told.scores, "contrasts": told.contrasts, "agreement": told.agreement}
     tables |= {"controls": told.controls, "labels": verdict.judge_labels(told.scores, told.contrasts, config.margin)}
     tables["probes"] = pd.DataFrame()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,26 @@ def grouped_folds(
                 f"{folds} folds: leaving some out leaves none to learn from. Use fewer folds or another fold column"
             )
     return pairs
+
+
+def inner_groups(codes: NDArray[np.intp], groups: NDArray[Any], seed: int, parts: int = 5) -> NDArray[np.bool_] | None:
+    """Choose whole groups, about one of `parts` of the cells, to stop a training; None where a class would be lost.
+
+    Every class is both among the chosen cells and among the others.
+    """
+    parts = min(parts, len(np.unique(groups)))
+    if parts < 2:
+        return None
+    classes = set(codes)
+    splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a class of few cells: what is lost is looked at below
+        for learn, kept in splitter.split(codes, codes, groups):
+            if set(codes[learn]) == classes == set(codes[kept]):
+                chosen = np.zeros(len(codes), bool)
+                chosen[kept] = True
+                return chosen
+    return None
 
 
 def permuted(codes: NDArray[np.intp], groups: NDArray[Any], count: int, seed: int) -> list[NDArray[np.intp]]:

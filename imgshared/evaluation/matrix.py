@@ -19,19 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from imgshared.config import EvaluateConfig
 from imgshared.data.panel import Panel
-from imgshared.evaluation.cnn import cnn_probabilities
 from imgshared.evaluation.collect import MEAN, Part
+from imgshared.evaluation.jobs import Cells, Job, View
 
-Cells = NDArray[np.intp]
 Inputs = tuple[str, ...]
-Probabilities = NDArray[np.float64]
 
 WITHIN, ACROSS = "swapped within label", "swapped"
 BOTH = "chromatin + predicted"
@@ -98,36 +92,32 @@ class Case:
             if known and all(self._holds(fit.source, learn) for fit in plan):
                 yield learn, known
 
-    def probabilities(self, plan: Sequence[Fit], learn: Inputs, tests: Sequence[Inputs]) -> dict[str, Probabilities]:
-        """Class probabilities by classifier, (n, classes), of the test rows of every fit, one after the other."""
-        found: list[list[Probabilities]] = [[] for _ in tests]
-        for fit in plan:
-            x = self._values(fit.source, learn, fit.learn, fit.classes)
-            given = [self._values(self.held, t, fit.test, fit.truth) for t in tests]
-            p = self._fit(x, fit.classes, np.concatenate(given))
-            for each, part in zip(found, np.split(p, len(tests)), strict=True):
-                each.append(part)
-        return {name_of(learn, t): np.concatenate(each) for t, each in zip(tests, found, strict=True)}
+    def jobs(self, plan: Sequence[Fit], learn: Inputs, tests: Sequence[Inputs]) -> list[Job]:
+        """Return what is to be trained: one job a fit, tested on all of `tests`."""
+        unit = self.config.fold or self.config.group
+        return [
+            Job(
+                self.backend,
+                self._view(fit.source, learn, fit.learn, fit.classes),
+                fit.classes,
+                np.unique(fit.source.obs[unit].astype(str).to_numpy()[fit.learn], return_inverse=True)[1],
+                tuple(self._view(self.held, t, fit.test, fit.truth) for t in tests),
+                self.classes,
+            )
+            for fit in plan
+        ]
 
-    def _fit(self, train: NDArray[Any], truth: Cells, test: NDArray[Any]) -> Probabilities:
-        config = self.config
-        if self.backend == "cnn":
-            kind = {"model": config.cnn, "epochs": config.cnn_epochs}
-            return cnn_probabilities(train, truth, test, self.classes, seed=config.seed, **kind)  # type: ignore[arg-type]
-        return feature_probabilities(train, truth, test, self.classes, config.seed)
-
-    def _values(self, part: Part, inputs: Inputs, rows: Cells, classes: Cells) -> NDArray[Any]:
-        """Return (n, F) features or (n, K, Y, X) crops of some rows, inputs side by side.
+    def _view(self, part: Part, inputs: Inputs, rows: Cells, classes: Cells) -> View:
+        """Some cells of a part, inputs side by side.
 
         Swapped predictions come from other rows of the same call, so that nothing passes between the sides of a fold.
         """
-        found = []
+        arrays, taken = [], []
         for given in inputs:
-            array = self._kept(part)[self._key(given)]
+            arrays.append(self._kept(part)[self._key(given)])
             swapped = given in (WITHIN, ACROSS)
-            source = rows[_swap(classes, given == WITHIN, self.config.seed)] if swapped else rows
-            found.append(array[source, None] if self.backend == "cnn" else array[source])
-        return np.concatenate(found, 1)
+            taken.append(rows[_swap(classes, given == WITHIN, self.config.seed)] if swapped else rows)
+        return View(tuple(arrays), tuple(taken))
 
     def _holds(self, part: Part, inputs: Inputs) -> bool:
         return all(self._key(given) in self._kept(part) for given in inputs)
@@ -139,22 +129,6 @@ class Case:
         if given in (WITHIN, ACROSS):
             return self.marker, "predicted"
         return (self.panel.chromatin if given == "chromatin" else self.marker), given
-
-
-def feature_probabilities(
-    train: NDArray[np.float32], truth: Cells, test: NDArray[np.float32], classes: int, seed: int = 0
-) -> Probabilities:
-    """Fit a standardised, ridge-penalised logistic regression with balanced classes; (m, classes) probabilities.
-
-    A linear boundary carries over to new donors better than trees do, which learn the donors' brightness.
-    """
-    model = make_pipeline(
-        StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=2000, random_state=seed)
-    )
-    model.fit(np.clip(train, -1e4, 1e4), truth)
-    probabilities = np.zeros((len(test), classes))
-    probabilities[:, model.classes_] = model.predict_proba(np.clip(test, -1e4, 1e4))
-    return probabilities
 
 
 def _swap(classes: Cells, within: bool, seed: int) -> Cells:

@@ -21,7 +21,7 @@ from imgshared import metrics
 from imgshared.config import EvaluateConfig
 from imgshared.evaluation.collect import Part
 from imgshared.evaluation.labels import read_factor, read_label, refuse_shared_groups
-from imgshared.evaluation.matrix import feature_probabilities
+from imgshared.evaluation.solve import feature_probabilities
 
 LEAST = 10  # cells on either side
 ALPHAS = tuple(np.logspace(-1, 4, 11))

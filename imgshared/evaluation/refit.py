@@ -75,6 +75,7 @@ def fit_folds(
     config: EvaluateConfig,
     train: Callable[[Experiment, Path, bool], None],
     only: int | None = None,
+    progress: Progress = lambda what, done, total: None,
 ) -> None:
     """Train the imputers that are not there yet, all or one of them.
 
@@ -92,6 +93,7 @@ def fit_folds(
         folder = _folder(out, k)
         if (folder / DONE).exists() or only not in (None, k):
             continue
+        progress(f"fold {k} of {len(folds)}", k - 1, len(folds) + 1)  # the last part of a study is its judgement
         wish = dataclasses.replace(run.experiment.split, val=split.val, test=split.test)
         train(dataclasses.replace(run.experiment, split=wish), folder, (folder / "config.yaml").exists())
         (folder / DONE).touch()

@@ -46,7 +46,8 @@ def methods(run: Run, study: Study) -> str:
         where = "the training cells" if study.turns else f"{config.folds} folds of {config.fold or config.group}"
         kinds = {
             "features": "logistic regression (L2, C = 0.1, classes balanced) on 45 features of a stain",
-            "cnn": f"a {config.cnn} trained for {config.cnn_epochs} epochs",
+            "cnn": f"a {config.cnn} with group normalisation, at most {config.cnn_steps} batches of 64 crops, stopped "
+            "on inner groups",
         }
         said.append(
             f"Classifiers of {', '.join(config.labels)} ({' and '.join(kinds[c] for c in config.classifiers)}) learnt "

@@ -82,7 +82,7 @@ def test_evaluation_of_planted_signals(done, tmp_path, world, run):
     assert any(s.startswith("switch, ") and "features that differ in real cells" in s for s in done.summary)
 
     out = tmp_path / "out"
-    assert sorted(p.name for p in out.iterdir()) == ["metrics.json", "model_card.md", "report.html", "tables"]
+    assert sorted(p.name for p in out.iterdir()) == ["cache", "metrics.json", "model_card.md", "report.html", "tables"]
     written = {p.name for p in (out / "tables").iterdir()}
     assert written >= {"cells.csv", "effects.csv", "pictures.csv", "contradictions.csv", "latent_maps.csv"}
     assert {f"{name}.csv" for name, rows in done.metrics.items() if rows and name in vars(done)} - written <= {

@@ -7,6 +7,7 @@ import pytest
 from imgshared.evaluation.labels import (
     check_values,
     grouped_folds,
+    inner_groups,
     read_factor,
     read_label,
     refuse_broken_folds,
@@ -76,3 +77,21 @@ def test_groups_on_both_sides_are_named():
     refuse_broken_folds(obs, "group", "half")
     with pytest.raises(InputError, match="half 'h0' has cells in several values of 'group'"):
         refuse_broken_folds(obs, "half", "group")
+
+
+def test_inner_groups_are_whole_and_hold_every_class():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 10, 500)
+    codes = rng.integers(0, 3, 500)
+    kept = inner_groups(codes, groups, seed=0)
+    assert not set(groups[kept]) & set(groups[~kept])
+    assert set(codes[kept]) == set(codes[~kept]) == {0, 1, 2}
+    assert 0.1 < kept.mean() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("codes", "groups"),
+    [([0, 1] * 20, [0] * 40), ([0] * 20 + [1] * 20, [0] * 20 + [1] * 20), ([0] * 39 + [1], list(range(8)) * 5)],
+)
+def test_no_inner_groups_where_a_class_would_be_lost(codes, groups):
+    assert inner_groups(np.array(codes), np.array(groups), seed=0) is None

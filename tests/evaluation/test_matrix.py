@@ -11,6 +11,7 @@ from imgshared.evaluation.classify import classify
 from imgshared.evaluation.collect import Part
 from imgshared.evaluation.labels import permuted
 from imgshared.evaluation.matrix import MATRIX, Case, Fit, name_of
+from imgshared.evaluation.solve import solve
 
 PANEL = Panel(("DNA", "P"), "DNA")
 CONFIG = EvaluateConfig(labels=("drug",))
@@ -72,13 +73,13 @@ def test_swapped_predictions_come_from_the_same_rows_and_class():
     codes = (held.obs["drug"] == "treated").to_numpy(int)[rows]
     own = held.features["P", "predicted"][rows]
     for name in ("swapped", "swapped within label"):
-        given = case._values(held, (name,), rows, codes)
+        given = case._view(held, (name,), rows, codes).take()
         assert not np.array_equal(given, own)
         order = [int(np.flatnonzero((own == row).all(1))[0]) for row in given]
         assert sorted(order) == list(range(len(rows)))  # other cells of the same side, each once
         if name != "swapped":
             assert np.array_equal(codes[order], codes)
-    both = case._values(held, ("chromatin", "swapped"), rows, codes)
+    both = case._view(held, ("chromatin", "swapped"), rows, codes).take()
     assert np.array_equal(both[:, :5], held.features["DNA", "chromatin"][rows])
 
 
@@ -87,7 +88,7 @@ def test_crops_stand_side_by_side_as_channels():
     held.crops = {("P", "predicted"): np.zeros((N, 8, 8), np.float16), ("DNA", "chromatin"): np.ones((N, 8, 8))}
     case = Case(held, PANEL, "P", "cnn", 2, CONFIG)
     rows = np.arange(6)
-    given = case._values(held, ("chromatin", "predicted"), rows, rows % 2)
+    given = case._view(held, ("chromatin", "predicted"), rows, rows % 2).take()
     assert given.shape == (6, 2, 8, 8)
     assert given[:, 0].all()
     assert not given[:, 1].any()
@@ -129,7 +130,9 @@ def test_cells_that_tell_permuted_labels_are_caught():
     codes = (held.obs["drug"] == "treated").to_numpy(np.intp)
     case = Case(held, PANEL, "P", "features", 2, CONFIG)
     leaking = [Fit(held, rows, codes, rows, codes)]
-    values = list(controls.permute(case, leaking))
+    asked = list(controls.permute(case, leaking))
+    answers = iter(solve([job for control in asked for job in control.jobs], CONFIG, None, lambda *said: None))
+    values = [control.auroc(answers) for control in asked]
     assert len(values) == controls.COUNT["features"]
     table = controls.judge(pd.DataFrame({"label": "drug", "backend": "features", "value": values}), pd.DataFrame())
     assert not table["sound"].item()
