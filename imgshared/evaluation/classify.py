@@ -40,6 +40,7 @@ CONTRASTS = (
     (BOTH, f"chromatin + {ACROSS}"),  # of the same number of features: what the prediction adds to its source
     ("shared", "real"),
 )
+SHARE = "share of real above chance"  # (AUROC of predicted - 0.5) / (AUROC of real - 0.5)
 Turn = tuple[Part, Cells]
 ANSWERED = {"predicted": f"real{ARROW}predicted", WITHIN: f"real{ARROW}{WITHIN}", ACROSS: f"real{ARROW}{ACROSS}"}
 
@@ -54,7 +55,7 @@ class Classified:
         One row a label x marker x input x backend x score (``auroc``, ``balanced_accuracy``): value, low, high, cells,
         groups, classes. What `input` may be: see `matrix`.
     contrasts
-        AUROC of one input minus another's on the same cells (``predicted - real``, ...), with intervals.
+        AUROC of one input minus another's on the same cells (``predicted - real``, ...), and `SHARE`, with intervals.
     agreement
         Cohen's kappa of the answers that the classifier of real stains gives on the real and on the `predicted` (or
         swapped) stain of the same cells, with intervals.
@@ -246,6 +247,10 @@ def _contrast(
             a, b = (metrics.auroc(groups, truth, found[given]) for given in (one, other))
             gap = metrics.estimate(groups, lambda c, a=a, b=b: a(c) - b(c), metrics.SIGNED)  # type: ignore[misc]
             rows.append({**row, "contrast": f"{one} - {other}", **gap._asdict()})
+    if "predicted" in found and "real" in found:
+        a, b = (metrics.auroc(groups, truth, found[given]) for given in ("predicted", "real"))
+        share = metrics.estimate(groups, lambda c: (a(c) - 0.5) / (b(c) - 0.5))
+        rows.append({**row, "contrast": SHARE, **share._asdict()})
     return rows
 
 

@@ -96,7 +96,7 @@ def fit_networks(
     answers: list[list[Probabilities]] = [[] for _ in jobs]
     left = len(jobs)
     for (channels, *_, classes), members in alike.items():
-        network = _build(training, channels, classes)
+        network = build(training, channels, classes)
         size = together or _faster(network, [jobs[i] for i in members], training, left, say)
         for start in range(0, len(members), size):
             batch = members[start : start + size]
@@ -138,6 +138,22 @@ def _faster(network: nn.Module, jobs: Sequence[Job], training: Training, left: i
     length = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min" if hours > 1 / 60 else "a minute"
     say(f"{left} networks {form}, {found[best]:,.0f} cells/s on {_device().type}: at most {length}")
     return best
+
+
+def build(training: Training, channels: int, classes: int) -> nn.Module:
+    """Return the network that every job of so many channels and classes starts from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        try:
+            network: nn.Module = timm.create_model(
+                training.model, pretrained=False, in_chans=channels, num_classes=classes
+            )
+        except RuntimeError as error:
+            near = timm.list_models(f"*{training.model[:6]}*")[:3]
+            raise InputError(
+                f"cnn: timm knows no model {training.model!r}. Near: {', '.join(near) or 'none'}"
+            ) from error
+    return _by_groups(network).to(_device())
 
 
 class _Stack:
@@ -270,21 +286,6 @@ def _device() -> torch.device:
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _build(training: Training, channels: int, classes: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(training.seed)
-        try:
-            network: nn.Module = timm.create_model(
-                training.model, pretrained=False, in_chans=channels, num_classes=classes
-            )
-        except RuntimeError as error:
-            near = timm.list_models(f"*{training.model[:6]}*")[:3]
-            raise InputError(
-                f"cnn: timm knows no model {training.model!r}. Near: {', '.join(near) or 'none'}"
-            ) from error
-    return _by_groups(network).to(_device())
 
 
 def _by_groups(network: nn.Module) -> nn.Module:

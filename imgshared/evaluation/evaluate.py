@@ -197,6 +197,7 @@ def _judge(looked: Study, cache: Path, say: Progress) -> tuple[dict[str, pd.Data
     told = classify(test, looked.turns, panel, config, say, cache)
     tables |= {"classifiers": told.scores, "contrasts": told.contrasts, "agreement": told.agreement}
     tables |= {"controls": told.controls, "labels": verdict.judge_labels(told.scores, told.contrasts, config.margin)}
+    tables["imputability"] = imputability.with_labels(tables["imputability"], tables["labels"])
     tables["probes"] = pd.DataFrame()
     if not looked.nested:
         targets = (len(config.labels) + len(config.factors)) * len(test.latents)

@@ -27,6 +27,7 @@ CELLS = 1000  # of training and of validation that are looked at, at most
 LOW = 0.2  # share below which a prediction is warned of
 GAP = 0.2  # of R2: what another explanation must bring to be named
 FEW = 200  # training cells
+TELLS = "tells "  # before a label's name
 SSE = {"aa": 1.0, "ab": -2.0, "bb": 1.0}  # squared error of a picture, from its pixel sums
 
 
@@ -69,6 +70,21 @@ def imputability(table: pd.DataFrame, trained: Mapping[str, int]) -> pd.DataFram
         row |= {"cells": len(guess), "groups": len(np.unique(groups)), "trained": trained.get(str(marker), 0)}
         rows.append({**row, "reasons": reasons(row)})
     return pd.DataFrame(rows)
+
+
+def with_labels(table: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
+    """Add ``tells <label>`` with `_low` and `_high`: the share of what the real stain tells of each label.
+
+    Parameters
+    ----------
+    labels
+        `verdict.judge_labels`'s; where several kinds of classifiers were asked, the first one's are taken.
+    """
+    for name, part in labels.groupby("label", sort=False) if len(labels) else ():
+        first = part[part["backend"] == part["backend"].iloc[0]].set_index("marker")
+        for end in ("", "_low", "_high"):
+            table = table.assign(**{f"{TELLS}{name}{end}": table["marker"].map(first[f"share{end}"])})
+    return table
 
 
 def reasons(row: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from imgshared.evaluation.figures import SAID
+from imgshared.evaluation.imputability import TELLS
 from imgshared.evaluation.verdict import GAPS
 
 SCORES = {  # column: heading
@@ -131,15 +132,16 @@ def fidelity_table(fidelity: pd.DataFrame) -> Table:
 
 def imputability_table(table: pd.DataFrame) -> Table:
     """The share of each stain's variation that is recovered on unseen groups, and why not more."""
+    tells = [c for c in map(str, table) if c.startswith(TELLS) and not c.endswith(("_low", "_high"))]
     rows = []
     for r in table.to_dict("records"):
         cells = [_text(r["marker"])]
-        for name in ("image", "intensity"):
+        for name in ("image", "intensity", *tells):
             value = {k: r.get(f"{name}{end}", np.nan) for k, end in (("value", ""), ("low", "_low"), ("high", "_high"))}
             cells.append(_value(value, heat=(0.0, 1.0)))
         cells += [_number(r["within"]), _number(r["rebuilt"]), _text(r["reasons"]), _count(int(r["trained"]))]
         rows.append(cells)
-    head = ["stain", "picture", "intensity", "intensity within groups", "intensity, rebuilt", "why not more",
+    head = ["stain", "picture", "intensity", *tells, "intensity within groups", "intensity, rebuilt", "why not more",
             "training cells"]  # fmt: skip
     return head, rows
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from imgshared import metrics
+from imgshared.evaluation.classify import SHARE
 from imgshared.evaluation.fidelity import FLOORS
 from imgshared.evaluation.matrix import ACROSS, BOTH
 
@@ -60,7 +61,8 @@ def judge_labels(scores: pd.DataFrame, contrasts: pd.DataFrame, margin: float) -
     the label, the prediction does not), ``in the prediction alone`` (the reverse), ``not in the real stain``.
     `over_chromatin`: the prediction against the chromatin it was made from, ``better``, ``no better``, ``worse`` by the
     interval of the gap. `adds`: whether it tells something beside chromatin that another cell's prediction does not.
-    `gap`, `gap_chromatin`, `gap_added` with `_low` and `_high`; the AUROC of every input; all of it in `words`.
+    `gap`, `gap_chromatin`, `gap_added`, `share` (what the prediction tells above chance, of what the real stain tells;
+    NaN where that tells nothing) with `_low` and `_high`; the AUROC of every input; all of it in `words`.
     """
     rows = []
     if scores.empty:
@@ -79,6 +81,8 @@ def judge_labels(scores: pd.DataFrame, contrasts: pd.DataFrame, margin: float) -
         row["words"] = _words(row, values, gap, over, added, margin)
         for name, value in zip(GAPS, (gap, over, added), strict=True):
             row |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+        share = _gap(gaps_of[key], SHARE) if told["real"] else metrics.Estimate(np.nan, np.nan, np.nan)
+        row |= {"share": share.value, "share_low": share.low, "share_high": share.high}
         rows.append({**row, **values})
     return pd.DataFrame(rows)
 

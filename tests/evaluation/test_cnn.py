@@ -40,7 +40,7 @@ def test_together_and_one_by_one_take_the_same_step(monkeypatch):
     """The gradients of the first batch are compared: later ones part, as AdamW turns rounding into steps."""
     monkeypatch.setattr(cnn, "has_bf16", lambda device: False)
     jobs = [blobs(0)[0], blobs(1, n=150)[0], blobs(2, tells=0.0)[0]]
-    network = cnn._build(SMALL, 2, 2)
+    network = cnn.build(SMALL, 2, 2)
 
     def gradients(some):
         stack = cnn._Stack(network, some, SMALL)
@@ -98,7 +98,7 @@ def test_channels_and_classes_may_differ_between_jobs():
 
 
 def test_no_batch_normalisation_is_left():
-    network = cnn._build(Training("resnet10t", 20, 0), 3, 2)
+    network = cnn.build(Training("resnet10t", 20, 0), 3, 2)
     kinds = {type(part) for part in network.modules()}
     assert torch.nn.GroupNorm in kinds
     assert not kinds & {torch.nn.BatchNorm2d, BatchNormAct2d}

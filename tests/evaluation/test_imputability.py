@@ -10,7 +10,7 @@ from rich.console import Console
 from sklearn.metrics import r2_score
 
 from imgshared import api
-from imgshared.evaluation.imputability import FILE, assess, imputability, warnings_of
+from imgshared.evaluation.imputability import FILE, assess, imputability, warnings_of, with_labels
 
 rng = np.random.default_rng(0)
 N = 300
@@ -44,6 +44,21 @@ def test_shares_are_those_of_the_variance():
     assert scored(real, np.full(N, real.mean()))["intensity"] == pytest.approx(0)
     assert scored(real, -real)["intensity"] < 0
     assert row["reasons"] == ""
+
+
+def test_labels_stand_beside_by_the_first_backend():
+    found = imputability(pd.concat([table(*[rng.normal(5, 1, N)] * 2, marker=m) for m in "PQ"]), {"P": 9, "Q": 9})
+    judged = pd.DataFrame(
+        [
+            {"label": "drug", "marker": m, "backend": b, "share": v, "share_low": v - 0.1, "share_high": v + 0.1}
+            for m, b, v in (("Q", "features", 0.7), ("Q", "cnn", 0.2))
+        ]
+    )
+    both = with_labels(found, judged).set_index("marker")
+    assert both.loc["Q", "tells drug"] == 0.7
+    assert both.loc["Q", "tells drug_high"] == pytest.approx(0.8)
+    assert np.isnan(both.loc["P", "tells drug"])
+    assert with_labels(found, pd.DataFrame()).equals(found)
 
 
 def test_reasons_are_those_planted():

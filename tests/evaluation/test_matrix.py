@@ -60,6 +60,13 @@ def test_every_classifier_of_the_matrix_is_there_and_tells_what_it_can():
     assert auroc(found, "chromatin + swapped") < auroc(found, "chromatin") + 0.02
 
 
+def test_the_share_of_what_the_real_stain_tells():
+    found = classify(part(predicted=0.7), (), PANEL, CONFIG)
+    share = found.contrasts.set_index("contrast").loc["share of real above chance"]
+    assert share["value"] == pytest.approx((auroc(found, "predicted") - 0.5) / (auroc(found, "real") - 0.5))
+    assert share["low"] < share["value"] < min(share["high"], 1)
+
+
 def test_agreement_beyond_the_label_is_the_cells_own():
     kappa = classify(part(), (), PANEL, CONFIG).agreement.set_index("prediction")
     assert kappa.loc["predicted", "value"] > kappa.loc["swapped within label", "high"]

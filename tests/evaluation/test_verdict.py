@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from imgshared.evaluation import verdict
+from imgshared.evaluation.classify import SHARE
 from imgshared.evaluation.matrix import ACROSS, BOTH
 
 ROW = {"label": "drug", "marker": "P", "backend": "features"}
@@ -19,7 +20,7 @@ def judged(real=0.9, predicted=0.88, gap=(-0.02, 0.01), over=(-0.02, 0.01), adde
 
     scores = pd.DataFrame([score("real", real), score("predicted", predicted), score("chromatin", 0.85)])
     contrasts = [contrast("predicted - real", *gap), contrast("predicted - chromatin", *over)]
-    contrasts += [contrast(f"{BOTH} - chromatin + {ACROSS}", *added)]
+    contrasts += [contrast(f"{BOTH} - chromatin + {ACROSS}", *added), contrast(SHARE, 0.8, 1.0)]
     return verdict.judge_labels(scores, pd.DataFrame(contrasts), margin).iloc[0]
 
 
@@ -38,6 +39,11 @@ def judged(real=0.9, predicted=0.88, gap=(-0.02, 0.01), over=(-0.02, 0.01), adde
 )
 def test_a_verdict_follows_the_interval_of_the_gap(change, expected):
     assert judged(**change)["verdict"] == expected
+
+
+def test_a_share_is_given_of_what_the_real_stain_tells():
+    assert judged()["share"] == pytest.approx(0.9)
+    assert np.isnan(judged(real=0.55)["share"])
 
 
 def test_a_verdict_names_margin_and_numbers():
@@ -63,7 +69,7 @@ def test_one_group_has_no_interval_and_is_judged_by_the_value():
         pd.DataFrame(
             [
                 {**ROW, "contrast": name, "value": value, "low": nothing[0], "high": nothing[1]}
-                for name, value in zip(verdict.GAPS.values(), (-0.1, 0.1, 0.0), strict=True)
+                for name, value in zip((*verdict.GAPS.values(), SHARE), (-0.1, 0.1, 0.0, 0.75), strict=True)
             ]
         ),
         0.05,
