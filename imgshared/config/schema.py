@@ -165,6 +165,10 @@ class EvaluateConfig:
     cnn: str = "resnet10t"  # any timm model
     cnn_steps: Annotated[int, Field(ge=20)] = 600  # batches of 64 crops, at most, for each network
     refit: bool = False  # nested: train a normaliser, model and classifiers for each fold of groups
+    sharp: bool = False  # judge the sharp output in place of the mean
+    # A store that `imgshared predict` wrote, or another tool in its format: judge its images, those of the run's model
+    # otherwise; paths are relative to where the command runs.
+    predictions: str | None = None
     allow_seen_groups: bool = False  # judge groups that trained the model, too; the report is marked as leaking
     max_cells: Count = 20000  # a part larger than this is sampled, and the report says so
     seed: int = 0

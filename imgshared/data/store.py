@@ -182,6 +182,11 @@ class CellStore:
         return Panel(tuple(map(str, var.index)), str(chromatin[0]), aliases)
 
     @property
+    def markers(self) -> tuple[str, ...]:
+        """The markers of `var`, in channel order."""
+        return tuple(map(str, anndata.io.read_elem(self._root["var"]).index))
+
+    @property
     def crop_px(self) -> int:
         """Side of a crop in pixels."""
         return int(self.info["crop_px"])

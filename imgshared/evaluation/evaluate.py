@@ -211,6 +211,10 @@ def _judge(looked: Study, cache: Path, say: Progress) -> tuple[dict[str, pd.Data
 def _told_of(run: Run, looked: Study) -> Iterator[str]:
     """Say what a reader must know of the run and the store."""
     store, config = looked.store, looked.config
+    if config.predictions is not None:
+        yield f"The images judged were read from {config.predictions}; latents are those of {run.path}"
+    if config.sharp:
+        yield "The sharp output is judged, not the mean: it shows likely texture, whose pixels are not to be measured"
     if looked.nested:
         yield "Each fold's model has latents of its own, which are not compared: latents are judged without --refit"
     if store.data_hash != run.contract.data_hash:

@@ -39,6 +39,8 @@ def plan_folds(run: Run, store: CellStore, config: EvaluateConfig) -> list[Split
         raise InputError(f"--refit trains {run.path} again, so it needs the store that trained it, not {store.path}")
     if config.allow_seen_groups:
         raise InputError("allow_seen_groups: a nested study judges every group by an imputer that never saw it anyway")
+    if config.predictions is not None:
+        raise InputError("predictions: a nested study predicts every group itself; leave it out")
     check_columns(store.obs, config)
     wish = run.experiment.split
     values = column(store.obs, wish.by).astype(str).to_numpy()

@@ -21,6 +21,7 @@ from imgshared.evaluation.checks import Bright
 from imgshared.evaluation.classify import Turn
 from imgshared.evaluation.collect import Part, Predict, Progress, collect, join
 from imgshared.evaluation.floors import Floors
+from imgshared.evaluation.given import images_to_judge
 from imgshared.evaluation.guard import Cohort, cohort
 from imgshared.evaluation.labels import check_values, grouped_folds, read_factor, read_label, refuse_broken_folds
 from imgshared.prediction import Run
@@ -177,15 +178,17 @@ def look(
     by_features = bool(config.labels) and "features" in config.classifiers
     radius = typical_radius(who.source.masks(train_cells)) if by_features else None
     cnn = bool(config.labels) and "cnn" in config.classifiers
+    shown = images_to_judge(predict, run, store, config)
     floors = Floors(len(panel), panel.chromatin_index, seed=config.seed)
     bright = Bright(len(panel), seed=config.seed)
     train = collect(
-        partial(_predict, partial(predict, run, who.source), bound), who.source, panel, train_cells,
+        partial(_predict, partial(shown, run, who.source), bound), who.source, panel, train_cells,
         fit=floors, bright=bright, features=radius if on_train else None, crops=cnn and on_train,
         progress=partial(say, f"{what}training cells"),
     )  # fmt: skip
-    trust = load_trust(run.path)
-    make = partial(_predict, partial(predict, run, store), bound)
+    own = not (config.sharp or config.predictions)  # calibrated were the mean predictions
+    trust = load_trust(run.path) if own else None
+    make = partial(_predict, partial(shown, run, store), bound)
     test = collect(
         make, store, panel, test_cells,
         against=floors, bright=bright, trust=partial(coverage.compare, run, trust) if trust else None,
