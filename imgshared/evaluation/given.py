@@ -42,7 +42,8 @@ class _Sharp:
 
     def __call__(self, run: Run, store: CellStore, cells: NDArray[np.intp], **wishes: Any) -> PredictedCells:
         done = self.predict(run, store, cells, sharp=True, **wishes)
-        return dataclasses.replace(done, images={**done.images, "predicted": done.images["sharp"]})
+        images = {name: image for name, image in done.images.items() if name != "sharp"}
+        return dataclasses.replace(done, images={**images, "predicted": done.images["sharp"]}, scale=None)
 
 
 class Stored:
