@@ -82,7 +82,13 @@ def test_a_nested_study_takes_no_predictions(trained_run, toy, predicted):
 def test_the_sharp_output_is_judged_where_there_is_one(tiny, toy, trained_run, tmp_path):
     with pytest.raises(InputError, match="sharp"):
         api.evaluate(trained_run, toy, tmp_path / "none", sharp=True)
-    plan = {"name": "translator", "channels": [4, 8], "epochs": 1, "weights": {"sharp": 0.3, "adversarial": 0.01}, "discriminator_channels": [8]}
+    plan = {
+        "name": "translator",
+        "channels": [4, 8],
+        "epochs": 1,
+        "weights": {"sharp": 0.3, "adversarial": 0.01},
+        "discriminator_channels": [8],
+    }
     settings = validate(type(tiny), {"data": "x", "method": plan}, "t").method
     run = api.train(
         dataclasses.replace(tiny, method=settings), out=tmp_path / "run", console=Console(file=io.StringIO())
