@@ -102,6 +102,7 @@ def predict_batches(
             source = batch.measured & chosen.to(device)
             images, scale = _draw(run.method, batch, source, asked, wishes)
             shared_latents, specific_latents = _latents(run, batch, source) if latents else ({}, {})
+            error = _source_error(run.method, batch, source) if latents else None
         yield PredictedCells(
             rows,
             _numpy(batch.images),
@@ -111,6 +112,7 @@ def predict_batches(
             shared_latents,
             specific_latents,
             scale,
+            error,
         )
 
 
@@ -144,6 +146,15 @@ def _latents(run: Run, batch: Batch, source: Tensor) -> tuple[dict[str, Floats],
     return shared, specific
 
 
+def _source_error(method: Method, batch: Batch, source: Tensor) -> Floats | None:
+    """Draw the sources again, each from its own shared latent: (B,) mean squared error."""
+    if not isinstance(method, LatentMethod):
+        return None
+    again = method.reconstruct(batch.images, source, specific=False)
+    error = (again.float() - batch.images.float()).square().mean((2, 3)) * source
+    return _numpy(error.sum(1) / source.sum(1))
+
+
 def _in_place(images: Tensor, targets: Sequence[int], channels: int) -> Tensor:
     """(B, T, Y, X) of the targets to (B, channels, Y, X), zero elsewhere."""
     out = images.new_zeros(len(images), channels, *images.shape[2:])
@@ -159,6 +170,10 @@ def _join(parts: Sequence[PredictedCells]) -> PredictedCells:
     def joined(name: str) -> dict[str, Floats]:
         return {key: np.concatenate([getattr(p, name)[key] for p in parts]) for key in getattr(parts[0], name)}
 
+    def whole(name: str) -> Floats | None:
+        each = [getattr(p, name) for p in parts]
+        return None if each[0] is None else np.concatenate(each)
+
     return PredictedCells(
         np.concatenate([p.cells for p in parts]),
         np.concatenate([p.real for p in parts]),
@@ -167,5 +182,6 @@ def _join(parts: Sequence[PredictedCells]) -> PredictedCells:
         joined("images"),
         joined("shared"),
         joined("specific"),
-        np.concatenate([p.scale for p in parts if p.scale is not None]) if parts[0].scale is not None else None,
+        whole("scale"),
+        whole("source_error"),
     )

@@ -79,7 +79,7 @@ class Trust:
         return np.searchsorted(self.distances, found) / len(self.distances)
 
     def describe(self, done: PredictedCells, source: int) -> NDArray[np.float64]:
-        """Describe cells by their source (a channel), (n, D): features, shape, and its shared latent if it has one."""
+        """Return (n, D) of the source (a channel): `describe_source`, and the shared latent where there is one."""
         features = describe_source(done, source, self.radius)
         return np.hstack([features, *describe_latent(done.shared.get("sources"), self.components, self.mean_latent)])
 
@@ -117,9 +117,11 @@ def load_trust(run: Path) -> Trust | None:
 
 
 def describe_source(done: PredictedCells, source: int, radius: float) -> NDArray[np.float64]:
-    """Features of the source stain (a channel) in one frame, and the shape of the nucleus: (n, D)."""
+    """Return (n, D): features of the source (a channel) in one frame, shape, and the error of drawing it again."""
     where = central_frame(len(done.cells), done.real.shape[-1], radius)
     blocks = [stain_features(done.real[:, source], where), shape_features(done.masks)]
+    if done.source_error is not None:
+        blocks.append(np.log(done.source_error + 1e-6)[:, None])
     return np.nan_to_num(np.hstack(blocks).astype(np.float64))
 
 

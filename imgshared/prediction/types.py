@@ -38,6 +38,8 @@ class PredictedCells:
         Specific latents by marker, each (n, D), NaN where not measured; empty for a model without them.
     scale
         (n, C, Y, X), the standard deviation that the model expects of each predicted pixel; None without such a head.
+    source_error
+        (n,) mean squared error of the sources drawn again from their own shared latents; None without latents.
     """
 
     cells: NDArray[np.integer[Any]]
@@ -48,3 +50,4 @@ class PredictedCells:
     shared: Mapping[str, Floats]
     specific: Mapping[str, Floats]
     scale: Floats | None = None
+    source_error: Floats | None = None

@@ -432,3 +432,10 @@ def test_the_api_takes_paths_and_settings(trained_run, toy, tmp_path):
     assert beside == trained_run.path / "predictions" / "cells.zarr"
     assert torch.is_grad_enabled()
     shutil.rmtree(beside)
+
+
+def test_the_sources_are_drawn_again_from_their_shared_latents(trained_run, toy):
+    done = predict_cells(trained_run, toy, np.arange(6))
+    again, real = done.images["shared"][:, 0], done.real[:, 0]  # chromatin is the source
+    np.testing.assert_allclose(done.source_error, ((again - real) ** 2).mean((1, 2)), rtol=1e-4)
+    assert predict_cells(trained_run, toy, np.arange(6), latents=False).source_error is None
