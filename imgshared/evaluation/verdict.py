@@ -27,10 +27,10 @@ GAPS = {
 }
 SAID_OF = {
     NOT_INFERIOR: "Predicted stains that tell it not inferior to the real ones:",
-    UNCLEAR_LABEL: "That tell it, perhaps less well:",
-    INFERIOR: "That tell it worse:",
-    LOST: "That have lost it:",
-    ALONE: "That tell it though the real stain does not, as chromatin does: never report it of",
+    UNCLEAR_LABEL: "Perhaps less well:",
+    INFERIOR: "Worse:",
+    LOST: "Lost in the prediction:",
+    ALONE: "Told by the prediction alone, not by the real stain, so never report it of:",
 }
 
 
