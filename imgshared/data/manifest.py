@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from imgshared.data.ngff import is_plate, plate_fields
 from imgshared.data.panel import nearest
 from imgshared.data.readers import stem
 from imgshared.types import InputError
@@ -74,7 +75,9 @@ def read_manifest(
     mask_column: str | None = None,
     group_column: str | None = None,
 ) -> Manifest:
-    """Read a CSV or Parquet manifest; paths in it are relative to its folder.
+    """Read a CSV or Parquet manifest, or the fields of an OME-Zarr plate; paths are relative to its folder.
+
+    A plate's fields come with the columns row, column, field and well; the well is the group.
 
     Columns are found by their usual names unless given. Where the group is a well and there is a plate column, the
     group is plate and well together. Without any group column each image is its own group.
@@ -178,6 +181,8 @@ def read_cells(
 
 def _read_table(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the table twice: with inferred types, and all as written (a well '01' is no number)."""
+    if is_plate(path):
+        return _plate_table(path)
     if not path.is_file():
         raise InputError(f"no table at {path}")
     try:
@@ -196,6 +201,14 @@ def _read_table(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         raise InputError(f"{path} holds no rows")
     table.columns = text.columns = [str(c).strip() for c in table.columns]
     return table.reset_index(drop=True), text.reset_index(drop=True)
+
+
+def _plate_table(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    fields = plate_fields(path)
+    columns = {"image": [f"{path.name}/{f.path}" for f in fields], "well": [f.well for f in fields]}
+    columns |= {name: [getattr(f, name) for f in fields] for name in ("row", "column", "field")}
+    table = pd.DataFrame(columns, dtype=str)
+    return table, table
 
 
 def _find_column(

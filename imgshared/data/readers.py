@@ -1,4 +1,4 @@
-"""Open microscope images by their headers, read the pixels later: TIFF, OME-TIFF, and one file a channel.
+"""Open microscope images by their headers, read the pixels later: TIFF, OME-TIFF, OME-Zarr, and one file a channel.
 
 Axes of everything that is read are `CYX`. Only unsigned 8 and 16 bit and 32-bit float are taken: these hold raw
 intensities, and nothing is rescaled silently.
@@ -21,11 +21,12 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from imgshared.data.ngff import is_ngff, open_ngff
 from imgshared.types import InputError
 
 DTYPES = ("uint8", "uint16", "float32")
 TIFF_SUFFIXES, PILLOW_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8"), (".png",)
-SUFFIXES = (".ome.tiff", ".ome.tif", ".ome.btf", *TIFF_SUFFIXES, *PILLOW_SUFFIXES)
+SUFFIXES = (".ome.tiff", ".ome.tif", ".ome.btf", ".ome.zarr", ".zarr", *TIFF_SUFFIXES, *PILLOW_SUFFIXES)
 MICROMETRES = {"m": 1e6, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "nm": 1e-3, "pm": 1e-6}
 _PLACEHOLDER = re.compile(r"(channel|chan|ch|c)?[\s:_-]*\d+(:\d+)*", re.IGNORECASE)  # what writers put for "no name"
 _BROKEN = (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, struct.error, tifffile.TiffFileError)
@@ -94,7 +95,7 @@ def open_image(path: Path, *, names: Sequence[str] = (), pattern: str | None = N
     Parameters
     ----------
     path
-        A TIFF, OME-TIFF or PNG file, or a folder of single-channel files.
+        A TIFF, OME-TIFF or PNG file, an OME-Zarr image, or a folder of single-channel files.
     names
         Channel names in file order, where the file itself does not tell them.
     pattern
@@ -105,7 +106,7 @@ def open_image(path: Path, *, names: Sequence[str] = (), pattern: str | None = N
     InputError
         Names the file: damaged or no image, wrong dtype or axes, channel names duplicate, missing or too many.
     """
-    if path.is_dir():
+    if path.is_dir() and not is_ngff(path):
         return open_channels(path, _match_folder(path, pattern))
     image = _open_file(path)
     _check_dtype(path, image.dtype)
@@ -205,6 +206,11 @@ def _size(image: ImageFile) -> str:
 def _open_file(path: Path) -> ImageFile:
     if not path.exists():
         raise InputError(f"no image at {path}")
+    if path.is_dir():
+        if not is_ngff(path):
+            raise InputError(f"{path} is a folder, not an image")
+        known = open_ngff(path)
+        return ImageFile(path, known.channels, known.shape, known.dtype, known.pixel_size_um)
     suffix = path.suffix.lower()
     if suffix in PILLOW_SUFFIXES:
         return _open_png(path)
@@ -287,6 +293,8 @@ def _layout(path: Path, tiff: tifffile.TiffFile) -> tuple[tuple[int, int, int], 
 
 def _read_planes(path: Path, indices: Sequence[int]) -> NDArray[Any]:
     """Read planes of a file: (n, Y, X)."""
+    if path.is_dir():
+        return _native(open_ngff(path).read(indices))
     if path.suffix.lower() in PILLOW_SUFFIXES:
         try:
             with Image.open(path) as image:
@@ -301,6 +309,10 @@ def _read_planes(path: Path, indices: Sequence[int]) -> NDArray[Any]:
             series = tiff.series[0]
             stack = next((i for i, axis in enumerate(series.axes) if axis not in "YX" and series.shape[i] == count), 0)
             planes = np.moveaxis(series.asarray(), stack, 0).reshape(count, y, x)[list(indices)]
+    return _native(planes)
+
+
+def _native(planes: NDArray[Any]) -> NDArray[Any]:
     return np.ascontiguousarray(planes.astype(planes.dtype.newbyteorder("="), copy=False))
 
 
