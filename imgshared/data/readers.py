@@ -232,7 +232,7 @@ def _open_png(path: Path) -> ImageFile:
 
 
 @contextlib.contextmanager
-def _tiff(path: Path) -> Iterator[tifffile.TiffFile]:
+def open_tiff(path: Path) -> Iterator[tifffile.TiffFile]:
     """Open a TIFF; damage becomes an InputError, also damage that tifffile only logs."""
     complaints: list[str] = []
     handler = logging.Handler()
@@ -262,7 +262,7 @@ def _check_whole(path: Path, tiff: tifffile.TiffFile) -> None:
 
 
 def _open_tiff(path: Path) -> ImageFile:
-    with _tiff(path) as tiff:
+    with open_tiff(path) as tiff:
         shape, pages = _layout(path, tiff)
         dtype = np.dtype((pages or tiff.series)[0].dtype)
         names, size = _ome(path, tiff) if tiff.is_ome else _imagej(tiff) if tiff.is_imagej else ((), None)
@@ -294,14 +294,14 @@ def _layout(path: Path, tiff: tifffile.TiffFile) -> tuple[tuple[int, int, int], 
 def _read_planes(path: Path, indices: Sequence[int]) -> NDArray[Any]:
     """Read planes of a file: (n, Y, X)."""
     if path.is_dir():
-        return _native(open_ngff(path).read(indices))
+        return native(open_ngff(path).read(indices))
     if path.suffix.lower() in PILLOW_SUFFIXES:
         try:
             with Image.open(path) as image:
                 return np.asarray(image)[None]
         except (OSError, SyntaxError, ValueError) as error:
             raise InputError(f"{path} is truncated or damaged ({error})") from error
-    with _tiff(path) as tiff:
+    with open_tiff(path) as tiff:
         (count, y, x), pages = _layout(path, tiff)
         if pages:
             planes = np.stack([np.squeeze(pages[i].asarray()).reshape(y, x) for i in indices])
@@ -309,10 +309,11 @@ def _read_planes(path: Path, indices: Sequence[int]) -> NDArray[Any]:
             series = tiff.series[0]
             stack = next((i for i, axis in enumerate(series.axes) if axis not in "YX" and series.shape[i] == count), 0)
             planes = np.moveaxis(series.asarray(), stack, 0).reshape(count, y, x)[list(indices)]
-    return _native(planes)
+    return native(planes)
 
 
-def _native(planes: NDArray[Any]) -> NDArray[Any]:
+def native(planes: NDArray[Any]) -> NDArray[Any]:
+    """Return pixels contiguous, in this machine's byte order."""
     return np.ascontiguousarray(planes.astype(planes.dtype.newbyteorder("="), copy=False))
 
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-import zarr
 
 from imgshared import api
 from imgshared.data.manifest import read_manifest
@@ -13,69 +12,15 @@ from imgshared.data.store import CellStore
 from imgshared.types import InputError
 
 NAMES = ("DNA", "LaminB1")
-UNIT = {"unit": "micrometer"}
 
 
 def pixels(channels=2, side=48, dtype="uint16"):
     return np.random.default_rng(0).integers(0, 200, (channels, side, side + 16)).astype(dtype)
 
 
-def write_image(
-    path, data, names=NAMES, version="0.5", axes="cyx", size=0.5, unit="micrometer", change=lambda meta: None
-):
-    """A two-level pyramid."""
-    group = zarr.create_group(path, zarr_format=3 if version == "0.5" else 2)
-    whole = data[None, :, None] if axes == "tczyx" else data
-    datasets = []
-    for level in range(2):
-        each = whole[..., :: 2**level, :: 2**level]
-        array = group.create_array(
-            str(level), shape=each.shape, chunks=(*(1,) * (len(axes) - 2), 32, 32), dtype=each.dtype
-        )
-        array[:] = each
-        scale = [0.5 * 2**level if a in "yx" else 1.0 for a in axes]
-        datasets.append({"path": str(level), "coordinateTransformations": [{"type": "scale", "scale": scale}]})
-    kinds = {"c": {"type": "channel"}, "t": {"type": "time"}}
-    named = [{"name": a, **kinds.get(a, {"type": "space", **({"unit": unit} if unit else {})})} for a in axes]
-    meta = {"multiscales": [{"axes": named, "datasets": datasets, "name": "image"}]}
-    if names:
-        window = {"start": 0, "end": 200, "min": 0, "max": 65535}
-        meta["omero"] = {"channels": [{"label": n, "color": "FFFFFF", "window": window} for n in names]}
-    if version == "0.5":
-        meta = {"ome": {"version": "0.5", **meta}}
-    else:
-        meta["multiscales"][0]["version"] = "0.4"
-    change(meta)
-    group.attrs.update(meta)
-    return path
-
-
-def write_plate(path, fields, version="0.5"):
-    """Wells A/1 and B/2 with two fields each."""
-    group = zarr.create_group(path, zarr_format=3 if version == "0.5" else 2)
-    wells = [{"path": p, "rowIndex": i, "columnIndex": i} for i, p in enumerate(("A/1", "B/2"))]
-    plate = {
-        "rows": [{"name": "A"}, {"name": "B"}],
-        "columns": [{"name": "1"}, {"name": "2"}],
-        "wells": wells,
-        "name": "p",
-    }
-    new = version == "0.5"
-    group.attrs.update({"ome": {"version": "0.5", "plate": plate}} if new else {"plate": plate | {"version": "0.4"}})
-    rows = {row: group.create_group(row) for row in "AB"}
-    for well in wells:
-        row, column = well["path"].split("/")
-        images = {"images": [{"path": "0"}, {"path": "1"}]}
-        here = rows[row].create_group(column)
-        here.attrs.update({"ome": {"version": "0.5", "well": images}} if new else {"well": images | {"version": "0.4"}})
-        for field in "01":
-            write_image(path / well["path"] / field, fields(well["path"], field), version=version)
-    return path
-
-
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 @pytest.mark.parametrize("axes", ["cyx", "tczyx"])
-def test_an_image_is_read_as_it_was_written(tmp_path, version, axes):
+def test_an_image_is_read_as_it_was_written(tmp_path, version, axes, write_image):
     data = pixels()
     image = open_image(write_image(tmp_path / "a.ome.zarr", data, version=version, axes=axes))
     assert image.channels == NAMES
@@ -87,14 +32,14 @@ def test_an_image_is_read_as_it_was_written(tmp_path, version, axes):
     assert stem("plates/a.ome.zarr") == "a"
 
 
-def test_a_window_of_a_level_is_read_alone(tmp_path):
+def test_a_window_of_a_level_is_read_alone(tmp_path, write_image):
     data = pixels()
     image = open_ngff(write_image(tmp_path / "a.zarr", data))
     np.testing.assert_array_equal(image.read([1], slice(5, 20), slice(30, 60)), data[1:, 5:20, 30:60])
     np.testing.assert_array_equal(image.read([0], slice(0, 8), level=1), data[:1, ::2, ::2][:, :8])
 
 
-def test_channels_and_sizes_that_it_does_not_tell(tmp_path):
+def test_channels_and_sizes_that_it_does_not_tell(tmp_path, write_image):
     path = write_image(tmp_path / "a.zarr", pixels(), names=(), unit=None)
     with pytest.raises(InputError, match="does not name its 2 channel"):
         open_image(path)
@@ -103,7 +48,7 @@ def test_channels_and_sizes_that_it_does_not_tell(tmp_path):
     assert image.pixel_size_um is None
 
 
-def test_labels_are_a_mask(tmp_path):
+def test_labels_are_a_mask(tmp_path, write_image):
     mask = np.random.default_rng(0).integers(0, 9, (40, 50)).astype(np.uint32)
     path = write_image(tmp_path / "a.zarr", mask, names=(), axes="yx")
     assert open_mask(path).shape == (1, 40, 50)
@@ -140,18 +85,18 @@ def several(meta):
         (several, "holds several images: name one of them"),
     ],
 )
-def test_damage_is_named(tmp_path, change, message):
+def test_damage_is_named(tmp_path, change, message, write_image):
     with pytest.raises(InputError, match=message):
         open_image(write_image(tmp_path / "a.zarr", pixels(), change=change))
 
 
-def test_planes_are_not_guessed(tmp_path):
+def test_planes_are_not_guessed(tmp_path, write_image):
     with pytest.raises(InputError, match="3 focal planes"):
         open_image(write_image(tmp_path / "a.zarr", pixels(3), names=(), axes="zyx"), names=["a"])
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
-def test_a_plate_is_a_manifest(tmp_path, version):
+def test_a_plate_is_a_manifest(tmp_path, version, write_plate):
     data = {}
 
     def field(well, name):
@@ -167,7 +112,7 @@ def test_a_plate_is_a_manifest(tmp_path, version):
     np.testing.assert_array_equal(open_image(table.rows[2].path).read(), data["B/2", "0"])
 
 
-def test_a_lost_field_or_well_is_named(tmp_path):
+def test_a_lost_field_or_well_is_named(tmp_path, write_plate):
     import shutil
 
     plate = write_plate(tmp_path / "plate.zarr", lambda well, field: pixels())
@@ -179,7 +124,7 @@ def test_a_lost_field_or_well_is_named(tmp_path):
         read_manifest(plate)
 
 
-def test_a_plate_is_prepared_like_files(tmp_path):
+def test_a_plate_is_prepared_like_files(tmp_path, write_plate):
     """The same discs, as a plate and as OME-TIFFs, give the same cells."""
     import tifffile
 

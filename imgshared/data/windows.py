@@ -1,0 +1,91 @@
+"""Windows of images that are too large to be read whole: any level of a pyramid, any rows and columns."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+import zarr
+from numpy.typing import NDArray
+
+from imgshared.data.ngff import is_ngff, open_ngff
+from imgshared.data.readers import TIFF_SUFFIXES, ImageFile, native, open_tiff
+from imgshared.types import InputError
+
+Read = Callable[[slice, slice], NDArray[Any]]
+
+
+def level_shapes(path: Path) -> list[tuple[int, int]]:
+    """Return (Y, X) of each level of an image's pyramid, finest first; one where it has no pyramid."""
+    if is_ngff(path):
+        image = open_ngff(path)
+        return [_plane(level.shape, image.axes) for level in image.levels]
+    if path.suffix.lower() in TIFF_SUFFIXES:
+        with open_tiff(path) as tiff:
+            return [_plane(level.shape, level.axes.lower()) for level in tiff.series[0].levels]
+    raise InputError(f"{path} is no slide: give an OME-TIFF or an OME-Zarr image")
+
+
+@contextlib.contextmanager
+def windows(image: ImageFile, channels: Sequence[str], level: int = 0) -> Iterator[Read]:
+    """Open an image, and yield what reads a window (rows, columns) of some channels, (n, Y, X) in the image's dtype.
+
+    Memory is bounded by the window, where the image is tiled or not compressed.
+
+    Raises
+    ------
+    InputError
+        Where the file is damaged; a window that cannot be read is named.
+    """
+    places = [image.channels.index(name) for name in channels]
+    with contextlib.ExitStack() as stack:
+        if image.files:
+            parts = [stack.enter_context(_planes(image.files[c], [0], level)) for c in places]
+        else:
+            parts = [stack.enter_context(_planes(image.path, places, level))]
+
+        def read(rows: slice, columns: slice) -> NDArray[Any]:
+            try:
+                return native(np.concatenate([part(rows, columns) for part in parts]))
+            except Exception as error:  # whatever a codec raises
+                where = f"rows {rows.start} to {rows.stop}, columns {columns.start} to {columns.stop}"
+                raise InputError(f"{image.path} is damaged at {where} ({error}): copy it again") from error
+
+        yield read
+
+
+@contextlib.contextmanager
+def _planes(path: Path, channels: Sequence[int], level: int) -> Iterator[Read]:
+    if is_ngff(path):
+        known = open_ngff(path)
+        yield lambda rows, columns: known.read(channels, rows, columns, level)
+    elif path.suffix.lower() in TIFF_SUFFIXES:
+        with open_tiff(path) as tiff:
+            axes = tiff.series[0].levels[level].axes.lower()
+            array = _array(path, tiff, level)
+            yield lambda rows, columns: np.stack([_cut(array, axes, c, rows, columns) for c in channels])
+    else:
+        raise InputError(f"{path} is no slide: give an OME-TIFF or an OME-Zarr image")
+
+
+def _array(path: Path, tiff: tifffile.TiffFile, level: int) -> Any:
+    """Return an array that reads what is asked for: the file itself where its pixels lie in it as they are."""
+    series = tiff.series[0].levels[level]
+    if series.dataoffset is not None:
+        return np.memmap(path, series.dtype.newbyteorder(tiff.byteorder), "r", series.dataoffset, series.shape)
+    return zarr.open_array(tiff.aszarr(series=0, level=level), mode="r")
+
+
+def _cut(array: Any, axes: str, channel: int, rows: slice, columns: slice) -> NDArray[Any]:
+    at = {"y": rows, "x": columns}
+    stack = next((a for a, n in zip(axes, array.shape, strict=True) if a not in "yx" and n > 1), "")
+    return np.asarray(array[tuple(at.get(a, channel if a == stack else 0) for a in axes)])
+
+
+def _plane(shape: Sequence[int], axes: str) -> tuple[int, int]:
+    sizes = dict(zip(axes, shape, strict=True))
+    return sizes["y"], sizes["x"]
