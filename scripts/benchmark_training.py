@@ -5,7 +5,7 @@
 One run measures, in turn and repeatedly, plain float32 in the default memory format against what `train` uses
 (channels_last, and bf16 where the hardware has it): 128-pixel crops, stage 1 of `configs/apollo_published.yaml`, four
 decoders, batch 64, one protein a cell. Beside them, in the same rounds, `configs/translator.yaml` (but for the batch):
-as it stands, where 8 of the 64 cells meet the discriminator, in float32, with each of its costlier terms, with all
+as it stands, where 4 of the 64 cells meet the discriminator, in float32, with each of its costlier terms, with all
 cells translated, and predicting. Then it trains from a store of random crops and measures how long a step waits for its
 batch, with the crops in memory and streamed from disk; and how the time of the free latents' step depends on the number
 of cells. Figures are medians; read the ratios.
