@@ -93,7 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("out", type=Path, help="folder to write: images, masks, manifest.csv, cells.csv")
 
     prepare = _verb(verbs, "prepare", _prepare, "manifest + images (+ label masks) to a cell store")
-    prepare.add_argument("manifest", type=Path, help="CSV or Parquet, one row an image: image, mask, group, any labels")
+    prepare.add_argument(
+        "manifest",
+        type=Path,
+        help="CSV or Parquet, one row an image: image, mask, group, any labels; or an OME-Zarr plate",
+    )
     prepare.add_argument("out", type=Path, help="the store to write, e.g. cells.zarr")
     prepare.add_argument("--overwrite", action="store_true", help="replace an existing store")
 
