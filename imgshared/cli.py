@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "manifest",
         type=Path,
-        help="CSV or Parquet, one row an image: image, mask, group, any labels; or an OME-Zarr plate",
+        help="CSV or Parquet, a row an image: image, mask, group, labels; or an OME-Zarr plate",
     )
     prepare.add_argument("out", type=Path, help="the store to write, e.g. cells.zarr")
     prepare.add_argument("--overwrite", action="store_true", help="replace an existing store")
