@@ -17,14 +17,18 @@ from imgshared.config import (
     PredictConfig,
     PrepareConfig,
     SimulateConfig,
+    SlideConfig,
     load,
     validate,
 )
+from imgshared.data.ngff import is_plate
 from imgshared.data.prepare import PrepareSummary
 from imgshared.data.prepare import prepare as _prepare
+from imgshared.data.readers import stem
 from imgshared.data.segment import SegmentSettings
 from imgshared.data.simulate import simulate as _simulate
 from imgshared.data.store import CellStore
+from imgshared.data.windows import is_slide
 from imgshared.evaluation.calibrate import calibrate
 from imgshared.evaluation.evaluate import Evaluation
 from imgshared.evaluation.evaluate import evaluate as _evaluate
@@ -32,6 +36,7 @@ from imgshared.evaluation.imputability import assess, warnings_of
 from imgshared.evaluation.refit import fit_folds
 from imgshared.prediction import Run, load_run, predict_image
 from imgshared.prediction import predict as _predict
+from imgshared.slides import predict_plate, predict_slide
 from imgshared.training.loop import train as _train
 from imgshared.types import InputError
 
@@ -104,26 +109,36 @@ def train(
 
 def predict(
     run: Run | PathLike,
-    store: CellStore | PathLike,
+    data: CellStore | PathLike,
     out: PathLike | None = None,
     *,
     overwrite: bool = False,
     console: Console | None = None,
     **settings: Any,
 ) -> Path:
-    """Predict a store's unmeasured stains into a new store; settings are those of `PredictConfig`.
+    """Predict the unmeasured stains of a cell store, a slide (TIFF, OME-Zarr) or an OME-Zarr plate.
 
-    Without `out` it goes to ``<run>/predictions/<name of the store>.zarr``. Warns of markers that the run's validation
-    groups speak against (`imputability.json` in its folder).
+    A store's go into a new store, settings are those of `PredictConfig`; a slide's into an OME-Zarr image, or where
+    `out` ends in .ome.tif an OME-TIFF, settings are those of `SlideConfig`. Without `out` they go to
+    ``<run>/predictions/<name>``. Warns of markers that the run's validation groups speak against (`imputability.json`
+    in its folder).
     """
-    run, store = _opened(run, store)
-    out = Path(out) if out is not None else run.path / "predictions" / f"{store.path.stem}.zarr"
-    config = _settings(PredictConfig, settings)
+    run = _opened_run(run)
+    slide = not isinstance(data, CellStore) and is_slide(Path(data))
+    config = _settings(SlideConfig if slide else PredictConfig, settings)
     for warning in warnings_of(run, config.markers or run.panel.proteins):
         if console is None:
             warnings.warn(warning, stacklevel=2)
         else:
             console.print(f"imgshared: warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+    if not isinstance(data, CellStore) and slide:
+        path = Path(data)
+        out = Path(out) if out is not None else run.path / "predictions" / f"{stem(path.name)}.ome.zarr"
+        verb = predict_plate if is_plate(path) else predict_slide
+        with _bar(console if run.fabric.is_global_zero else None, "predict") as moved:
+            return verb(run, path, out, config, overwrite=overwrite, progress=moved)
+    store = data if isinstance(data, CellStore) else CellStore(data)
+    out = Path(out) if out is not None else run.path / "predictions" / f"{store.path.stem}.zarr"
     with _bar(console, "predict") as moved:
         return _predict(
             run, store, out, config, overwrite=overwrite, progress=lambda done, total: moved("predict", done, total)
@@ -205,10 +220,11 @@ def _names(wish: float | tuple[str, ...]) -> str:
 
 
 def _opened(run: Run | PathLike, store: CellStore | PathLike) -> tuple[Run, CellStore]:
-    return (
-        run if isinstance(run, Run) else load_run(run),
-        store if isinstance(store, CellStore) else CellStore(store),
-    )
+    return _opened_run(run), store if isinstance(store, CellStore) else CellStore(store)
+
+
+def _opened_run(run: Run | PathLike) -> Run:
+    return run if isinstance(run, Run) else load_run(run)
 
 
 def _settings(kind: type[Any], settings: dict[str, Any]) -> Any:

@@ -11,7 +11,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from imgshared.config import EvaluateConfig, Experiment, PredictConfig, PrepareConfig, SimulateConfig, dump, load
+from imgshared.config import (
+    EvaluateConfig,
+    Experiment,
+    PredictConfig,
+    PrepareConfig,
+    SimulateConfig,
+    SlideConfig,
+    dump,
+    load,
+)
 from imgshared.types import InputError
 
 DESCRIPTION = """\
@@ -21,7 +30,8 @@ predict unmeasured stains, and check the predictions.
   imgshared demo                                     see everything work, on simulated cells
   imgshared prepare manifest.csv cells.zarr          images and a table to a cell store
   imgshared train configs/translator.yaml data=cells.zarr
-  imgshared predict runs/translator cells.zarr       unmeasured stains and latents
+  imgshared predict runs/translator cells.zarr       unmeasured stains and latents of cells
+  imgshared predict runs/translator slide.ome.tif    unmeasured stains of a whole slide or plate
   imgshared evaluate runs/translator cells.zarr 'labels=[drug]'
 """
 
@@ -30,6 +40,7 @@ KINDS: dict[str, type[Any]] = {
     "prepare": PrepareConfig,
     "train": Experiment,
     "predict": PredictConfig,
+    "predict-slide": SlideConfig,
     "evaluate": EvaluateConfig,
 }
 
@@ -105,13 +116,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, help="run folder (default: runs/<name of the configuration>)")
     train.add_argument("--resume", action="store_true", help="continue exactly where the last checkpoint stands")
 
-    predict = _verb(verbs, "predict", _predict, "unmeasured stains and latents of every cell, in raw intensity units")
-    _run_and_store(predict)
-    predict.add_argument("--out", type=Path, help="the store to write (default: <run>/predictions/<store>.zarr)")
+    predict = _verb(verbs, "predict", _predict, "unmeasured stains of cells, slides or plates, in raw intensity units")
+    predict.add_argument("run_folder", metavar="run", type=Path, help="run folder")
+    predict.add_argument("data", type=Path, help="cell store, slide (OME-TIFF, OME-Zarr) or OME-Zarr plate")
+    predict.add_argument(
+        "--out", type=Path, help="what to write: a store, a slide.ome.zarr or .ome.tif (default: in <run>/predictions)"
+    )
     predict.add_argument("--overwrite", action="store_true", help="replace existing predictions")
+    predict.epilog = f"{predict.epilog} For slides and plates: `imgshared config predict-slide`."
 
     evaluate = _verb(verbs, "evaluate", _evaluate, "held-out groups: fidelity, classifiers, latent probes, a report")
-    _run_and_store(evaluate)
+    evaluate.add_argument("run_folder", metavar="run", type=Path, help="run folder")
+    evaluate.add_argument("store", type=Path, help="cell store")
     evaluate.add_argument("--out", type=Path, help="folder to write (default: <run>/evaluation/<store>)")
     evaluate.add_argument(
         "--allow-seen-groups", action="store_true", help="judge groups that trained the model, too: marked as leaking"
@@ -153,11 +169,6 @@ def _verb(
     return parser
 
 
-def _run_and_store(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", metavar="run", type=Path, help="run folder")
-    parser.add_argument("store", type=Path, help="cell store")
-
-
 def _console() -> Any:
     from rich.console import Console
 
@@ -185,9 +196,10 @@ def _train(a: argparse.Namespace) -> None:
 
 def _predict(a: argparse.Namespace) -> None:
     from imgshared import api
+    from imgshared.data.windows import is_slide
 
-    config = load(PredictConfig, a.config, a.settings)
-    print(api.predict(a.run_folder, a.store, a.out, overwrite=a.overwrite, console=_console(), config=config))
+    config = load(SlideConfig if is_slide(a.data) else PredictConfig, a.config, a.settings)
+    print(api.predict(a.run_folder, a.data, a.out, overwrite=a.overwrite, console=_console(), config=config))
 
 
 def _evaluate(a: argparse.Namespace) -> None:

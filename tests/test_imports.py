@@ -17,6 +17,7 @@ LEVEL = {
     "build": 3,
     "training": 4,
     "prediction": 5,  # opens a run: its folder, its checkpoint, its device
+    "slides": 6,
     "evaluation": 6,
     "api": 7,
     "demo": 8,

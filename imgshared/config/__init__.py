@@ -25,6 +25,7 @@ from imgshared.config.schema import (
     PrepareConfig,
     SegmentConfig,
     SimulateConfig,
+    SlideConfig,
     SplitConfig,
     TrainConfig,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "RegressionConfig",
     "SegmentConfig",
     "SimulateConfig",
+    "SlideConfig",
     "SplitConfig",
     "TrainConfig",
     "TranslatorConfig",

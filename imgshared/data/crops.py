@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,11 +151,14 @@ class IntensityRange:
 
     def of(self, marker: int, dtype: np.dtype[Any]) -> dict[str, float]:
         """Return min, max and the percentiles 1, 50 and 99; empty where nothing was counted."""
-        counts = np.cumsum(self._counts[marker])
-        if not counts[-1]:
+        if not self._counts[marker].any():
             return {}
-        bins = [int(np.searchsorted(counts, q * counts[-1])) for q in (0.01, 0.5, 0.99)]
+        p1, p50, p99 = self.percentiles(marker, dtype, (1, 50, 99))
+        return {"min": float(self._least[marker]), "p1": p1, "p50": p50, "p99": p99, "max": float(self._most[marker])}
+
+    def percentiles(self, marker: int, dtype: np.dtype[Any], wanted: Sequence[float]) -> list[float]:
+        """Return percentiles, in [0, 100], of a marker of which something was counted."""
+        counts = np.cumsum(self._counts[marker])
+        bins = [int(np.searchsorted(counts, q / 100 * counts[-1])) for q in wanted]
         values = (np.array(bins, np.uint32) << 16).view(np.float32) if dtype.kind == "f" else np.array(bins)
-        least, most = float(self._least[marker]), float(self._most[marker])
-        p1, p50, p99 = (float(v) for v in np.clip(values, least, most))
-        return {"min": least, "p1": p1, "p50": p50, "p99": p99, "max": most}
+        return [float(v) for v in np.clip(values, self._least[marker], self._most[marker])]

@@ -70,9 +70,9 @@ class ImageFile:
         names = list(self.channels if channels is None else channels)
         indices = [self.channels.index(name) for name in names]
         if self.files:
-            pixels = np.stack([_read_planes(self.files[i], [0])[0] for i in indices])
+            pixels = np.stack([read_planes(self.files[i], [0])[0] for i in indices])
         else:
-            pixels = _read_planes(self.path, indices)
+            pixels = read_planes(self.path, indices)
         if self.dtype.kind == "f":
             for name, plane in zip(names, pixels, strict=True):
                 self._check_float(name, plane)
@@ -157,7 +157,7 @@ def open_mask(path: Path) -> ImageFile:
 
 def read_mask(path: Path) -> NDArray[np.integer[Any]]:
     """Read a label mask: (Y, X) integers, 0 = background."""
-    mask: NDArray[Any] = _read_planes(path, [0])[0]
+    mask: NDArray[Any] = read_planes(path, [0])[0]
     if mask.dtype.kind == "b":
         mask = mask.astype(np.uint8)
     if mask.dtype.kind == "i" and mask.min() < 0:
@@ -291,7 +291,7 @@ def _layout(path: Path, tiff: tifffile.TiffFile) -> tuple[tuple[int, int, int], 
     return (count, sizes["Y"], sizes["X"]), pages if len(pages) == count else []
 
 
-def _read_planes(path: Path, indices: Sequence[int]) -> NDArray[Any]:
+def read_planes(path: Path, indices: Sequence[int]) -> NDArray[Any]:
     """Read planes of a file: (n, Y, X)."""
     if path.is_dir():
         return native(open_ngff(path).read(indices))

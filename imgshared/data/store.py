@@ -263,6 +263,14 @@ def put_in_place(partial: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def is_store(path: Path) -> bool:
+    """Say whether a folder is an AnnData on Zarr, whole or not."""
+    try:
+        return zarr.open_group(path, mode="r").attrs.get("encoding-type") == "anndata"
+    except Exception:  # whatever zarr makes of other folders
+        return False
+
+
 def _open_complete(path: Path) -> zarr.Group:
     if not path.exists():
         partial = Path(f"{path}.partial")

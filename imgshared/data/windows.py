@@ -13,10 +13,18 @@ import zarr
 from numpy.typing import NDArray
 
 from imgshared.data.ngff import is_ngff, open_ngff
-from imgshared.data.readers import TIFF_SUFFIXES, ImageFile, native, open_tiff
+from imgshared.data.readers import PILLOW_SUFFIXES, TIFF_SUFFIXES, ImageFile, native, open_tiff, read_planes
+from imgshared.data.store import is_store
 from imgshared.types import InputError
 
 Read = Callable[[slice, slice], NDArray[Any]]
+
+
+def is_slide(path: Path) -> bool:
+    """Say whether a path is an image or a plate of images by its kind, and not a store of cells."""
+    if path.is_dir():
+        return is_ngff(path) and not is_store(path)
+    return path.suffix.lower() in TIFF_SUFFIXES
 
 
 def level_shapes(path: Path) -> list[tuple[int, int]]:
@@ -55,7 +63,13 @@ def windows(image: ImageFile, channels: Sequence[str], level: int = 0) -> Iterat
                 where = f"rows {rows.start} to {rows.stop}, columns {columns.start} to {columns.stop}"
                 raise InputError(f"{image.path} is damaged at {where} ({error}): copy it again") from error
 
-        yield read
+        problem: BaseException | None = None
+        try:
+            yield read
+        except BaseException as error:  # of the caller: these files are not to blame for it
+            problem = error
+    if problem is not None:
+        raise problem
 
 
 @contextlib.contextmanager
@@ -68,6 +82,9 @@ def _planes(path: Path, channels: Sequence[int], level: int) -> Iterator[Read]:
             axes = tiff.series[0].levels[level].axes.lower()
             array = _array(path, tiff, level)
             yield lambda rows, columns: np.stack([_cut(array, axes, c, rows, columns) for c in channels])
+    elif path.suffix.lower() in PILLOW_SUFFIXES:  # small enough to be held
+        whole = read_planes(path, channels)
+        yield lambda rows, columns: whole[:, rows, columns]
     else:
         raise InputError(f"{path} is no slide: give an OME-TIFF or an OME-Zarr image")
 

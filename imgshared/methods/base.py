@@ -82,6 +82,8 @@ class Method(nn.Module, ABC):
         The channels that it predicts from, where it is bound to some; None: any subset predicts any other stain.
     any_size
         Whether it translates images of any size, not crops alone.
+    global_statistics
+        Whether each pixel depends on statistics of all of the image, as after instance normalisation.
     sharp
         Whether its predictions have a sharp output beside the mean.
     progress
@@ -92,6 +94,7 @@ class Method(nn.Module, ABC):
     stage: Stage
     sources: tuple[int, ...] | None = None
     any_size: bool = False
+    global_statistics: bool = False
     sharp: bool = False
     progress: float = 0.0
 

@@ -62,6 +62,7 @@ class UnpairedMethod(Method):
     config: CutConfig | CycleGanConfig
 
     any_size = True
+    global_statistics = True
 
     def __init__(self, config: CutConfig | CycleGanConfig, panel: Panel, crop_px: int) -> None:
         super().__init__()

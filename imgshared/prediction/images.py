@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from imgshared.data.normalise import Normaliser
 from imgshared.prediction.run import Run
+from imgshared.prediction.trust import Trust
 from imgshared.prediction.types import Floats
 from imgshared.types import InputError
 
 
-@torch.inference_mode()
 def predict_image(
     run: Run,
     image: NDArray[Any],
@@ -49,29 +51,58 @@ def predict_image(
         Where a source is not among the channels, a name is unknown, the method knows crops alone, or has no sharp
         output.
     """
-    if not run.method.any_size:
-        raise InputError(
-            f"{run.experiment.method.name} predicts crops of {run.contract.crop_px} px alone: use `predict` on a store "
-            "of crops, or train translator, regression, pix2pix, cut, cyclegan or linear"
-        )
+    run.refuse_crops_alone()
     run.refuse_sharp(sharp)
     if image.ndim != 3 or len(image) != len(channels):
         raise InputError(f"an image of shape {image.shape} is not (C, Y, X) with the {len(channels)} channels named")
-    chosen = run.source_mask(sources)
+    chosen = run.source_mask(sources).nonzero()[:, 0].tolist()
     place = {run.panel.find(name): c for c, name in enumerate(channels)}
-    raw = np.zeros((len(run.panel), *image.shape[1:]), np.float32)
-    for target in chosen.nonzero()[:, 0].tolist():
-        if target not in place:
+    for source in chosen:
+        if source not in place:
             raise InputError(
-                f"the image has no {run.panel.markers[target]}, which the prediction starts from; it has "
+                f"the image has no {run.panel.markers[source]}, which the prediction starts from; it has "
                 f"{', '.join(channels)}"
             )
-        raw[target] = image[place[target]]
-    device = run.fabric.device
-    normalised = run.normaliser.forward(torch.from_numpy(raw).to(device))[None] * chosen.to(device)[:, None, None]
     targets = run.panel.indices(markers or run.panel.proteins)
+    return draw_image(run, image[[place[source] for source in chosen]], chosen, targets, sharp=sharp)
+
+
+@torch.inference_mode()
+def draw_image(
+    run: Run,
+    image: NDArray[Any],
+    sources: Sequence[int],
+    targets: Sequence[int],
+    *,
+    sharp: bool = False,
+    trust: Trust | None = None,
+) -> Floats:
+    """Draw the stains `targets` from the (S, Y, X) raw intensities of the stains `sources`, in raw intensities too.
+
+    Returns
+    -------
+    (T, Y, X) float32; with `trust` (2 T, Y, X), the targets and the half widths of their pixels' intervals.
+    """
+    device = run.fabric.device
+    raw = torch.zeros(len(run.panel), *image.shape[1:], device=device)
+    raw[list(sources)] = torch.from_numpy(image.astype(np.float32)).to(device)
+    given = torch.zeros(len(run.panel), dtype=torch.bool, device=device)
+    given[list(sources)] = True
+    normalised = run.normaliser.forward(raw)[None] * given[:, None, None]
     with run.fabric.autocast():
         batch = normalised.contiguous(memory_format=torch.channels_last)
-        prediction = run.method.translate(batch, chosen.to(device)[None], targets)
-        predicted = (prediction.sharp() if sharp and prediction.sharp else prediction.mean)[0]
-    return np.asarray(run.normaliser.select(targets).inverse(predicted.float()).cpu().numpy(), np.float32)
+        prediction = run.method.translate(batch, given[None], targets)
+        drawn = prediction.sharp() if sharp and prediction.sharp else prediction.mean
+    normaliser = run.normaliser.select(targets)
+    mean = drawn[0].float().cpu()
+    found = normaliser.inverse(mean)
+    if trust is not None:
+        driver = mean if prediction.scale is None else prediction.scale[0].float().cpu()
+        half = np.stack([trust.half_widths(d.numpy(), t) for d, t in zip(driver, targets, strict=True)])
+        found = torch.cat([found, in_raw(mean, torch.from_numpy(half), normaliser)])
+    return np.asarray(found.numpy(), np.float32)
+
+
+def in_raw(mean: Tensor, half: Tensor, normaliser: Normaliser) -> Tensor:
+    """Half of what lies between as much above and below the mean, in raw units."""
+    return (normaliser.inverse(mean + half) - normaliser.inverse(mean - half)) / 2

@@ -81,6 +81,20 @@ class Run:
         mask[wanted] = True
         return mask
 
+    def refuse_crops_alone(self) -> None:
+        """Refuse images of another size than the training crops to a method that knows no other.
+
+        Raises
+        ------
+        InputError
+            Names the methods that do.
+        """
+        if not self.method.any_size:
+            raise InputError(
+                f"{self.experiment.method.name} predicts crops of {self.contract.crop_px} px alone: use `predict` on a "
+                "store of crops, or train translator, regression, pix2pix, cut, cyclegan or linear"
+            )
+
     def refuse_sharp(self, wanted: bool) -> None:
         """Refuse to give a sharp output that the method has not.
 

@@ -66,7 +66,10 @@ class Trust:
 
     def pixels(self, done: PredictedCells, channel: int) -> Floats:
         """Half widths of the pixels' intervals of a marker, (n, Y, X), normalised units."""
-        driver = (done.images["predicted"] if done.scale is None else done.scale)[:, channel]
+        return self.half_widths((done.images["predicted"] if done.scale is None else done.scale)[:, channel], channel)
+
+    def half_widths(self, driver: Floats, channel: int) -> Floats:
+        """The same of pixels by their driver: the predicted scale where the method has one, else the mean."""
         return np.asarray(self.pixel_half[channel][np.searchsorted(self.pixel_edges[channel], driver)])
 
     def cells(self, means: Floats, channel: int) -> Floats:

@@ -20,6 +20,7 @@ from imgshared.data.normalise import Normaliser
 from imgshared.data.store import CellStore, StoreWriter, panel_table, put_in_place
 from imgshared.methods.base import LatentMethod
 from imgshared.prediction.cells import Progress, predict_batches
+from imgshared.prediction.images import in_raw
 from imgshared.prediction.run import Run
 from imgshared.prediction.trust import Trust, load_trust
 from imgshared.prediction.types import Floats, PredictedCells
@@ -154,9 +155,8 @@ def _trust(run: Run, config: PredictConfig) -> Trust | None:
 
 
 def _in_raw(mean: Floats, half: Floats, normaliser: Normaliser) -> Floats:
-    """Half of what lies between as much above and below the mean, in raw units."""
     m, h = torch.from_numpy(np.ascontiguousarray(mean)), torch.from_numpy(np.ascontiguousarray(half))
-    return np.asarray((normaliser.inverse(m + h) - normaliser.inverse(m - h)).numpy() / 2, np.float32)
+    return np.asarray(in_raw(m, h, normaliser).numpy(), np.float32)
 
 
 def _refuse_unknown_wishes(run: Run, config: PredictConfig) -> None:

@@ -1,26 +1,14 @@
 """Whole images with the weights of crops."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
-from imgshared.build import build_method
 from imgshared.config import RegressionConfig, TranslatorConfig
 from imgshared.prediction import predict_image
 from imgshared.types import InputError
 
 TRANSLATOR = TranslatorConfig(channels=(8, 12), marker_dim=4)
-
-
-def opened(trained_run, config):
-    torch.manual_seed(0)
-    method = build_method(config, trained_run.panel, trained_run.contract.crop_px)
-    with torch.no_grad():
-        for p in method.parameters():  # what starts at zero would hide a mistake
-            p.add_(0.05 * torch.randn_like(p))
-    return replace(trained_run, method=method.eval(), experiment=replace(trained_run.experiment, method=config))
 
 
 @pytest.fixture
@@ -29,8 +17,8 @@ def field():
 
 
 @pytest.mark.parametrize("config", [TRANSLATOR, RegressionConfig(channels=(4, 8))], ids=lambda c: c.name)
-def test_a_field_and_a_crop_of_it_agree_inside(trained_run, field, config):
-    run = opened(trained_run, config)
+def test_a_field_and_a_crop_of_it_agree_inside(untrained, field, config):
+    run = untrained(config)
     names = run.panel.markers
     whole, part = predict_image(run, field, names), predict_image(run, field[:, 32:96, 48:112], names)
     assert whole.shape == (2, 131, 150)
@@ -39,8 +27,8 @@ def test_a_field_and_a_crop_of_it_agree_inside(trained_run, field, config):
     assert np.abs(part - whole[:, 32:96, 48:112]).max() > 1e-2 * span  # at the border they know different things
 
 
-def test_a_field_is_normalised_and_inverted_as_the_cells_were(trained_run, field):
-    run = opened(trained_run, TRANSLATOR)
+def test_a_field_is_normalised_and_inverted_as_the_cells_were(untrained, field):
+    run = untrained(TRANSLATOR)
     chromatin = run.panel.chromatin_index
     x = run.normaliser.forward(torch.from_numpy(field[:, :128, :128].astype(np.float32)))[None]
     given = torch.zeros(1, 3, dtype=torch.bool)
@@ -52,8 +40,8 @@ def test_a_field_is_normalised_and_inverted_as_the_cells_were(trained_run, field
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-2)
 
 
-def test_channels_are_found_by_name_and_only_the_sources_matter(trained_run, field):
-    run = opened(trained_run, TRANSLATOR)
+def test_channels_are_found_by_name_and_only_the_sources_matter(untrained, field):
+    run = untrained(TRANSLATOR)
     want = predict_image(run, field, run.panel.markers, markers=["P2", "P1"])
     place = run.panel.index("DNA")
     alone = predict_image(run, field[[place]], ["dna"], markers=["P2", "P1"])
@@ -64,8 +52,8 @@ def test_channels_are_found_by_name_and_only_the_sources_matter(trained_run, fie
     assert np.abs(from_both[0] - want[0]).max() > 0
 
 
-def test_what_cannot_be_predicted_is_refused(trained_run, field):
-    run = opened(trained_run, TRANSLATOR)
+def test_what_cannot_be_predicted_is_refused(untrained, trained_run, field):
+    run = untrained(TRANSLATOR)
     with pytest.raises(InputError, match="the image has no DNA, which the prediction starts from; it has P1"):
         predict_image(run, field[1:2], ["P1"])
     with pytest.raises(InputError, match=r"shape \(3, 131, 150\) is not \(C, Y, X\) with the 1 channels"):

@@ -1,0 +1,138 @@
+"""What is settled before a slide's first tile is predicted."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imgshared.config import SlideConfig
+from imgshared.prediction.images import draw_image
+from imgshared.prediction.run import Run
+from imgshared.prediction.trust import Trust, load_trust
+from imgshared.slides.fit import fitted_on_slide
+from imgshared.slides.pyramid import ChannelLook
+from imgshared.slides.source import Slide, open_slide
+from imgshared.slides.tiles import Blended, Exact, reach, step_of
+from imgshared.slides.tissue import Tissue, find_tissue, read_tissue
+from imgshared.types import InputError
+
+IMPUTED, UNCERTAINTY = "_imputed", "_uncertainty"
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that is settled before the first tile.
+
+    Parameters
+    ----------
+    run
+        With the normaliser that is used.
+    sources, targets
+        Channels of the model.
+    trust
+        Where intervals are wanted.
+    painter
+        Predicts tiles.
+    """
+
+    run: Run
+    slide: Slide
+    config: SlideConfig
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
+    trust: Trust | None
+    tissue: Tissue | None
+    painter: Exact | Blended
+
+    @property
+    def looks(self) -> list[ChannelLook]:
+        """The channels of the image that is written: measured, predicted, uncertainties."""
+        markers = self.run.panel.markers
+        measured = [(name, c) for c, name in self.measured.items()]
+        predicted = [(markers[t] + IMPUTED, t) for t in self.targets]
+        looks = [ChannelLook(name, *_contrast(self.run, c)) for name, c in (*measured, *predicted)]
+        if self.trust is not None:
+            spans = {t: _contrast(self.run, t) for t in self.targets}
+            looks += [
+                ChannelLook(markers[t] + IMPUTED + UNCERTAINTY, 0.0, spans[t][1] - spans[t][0]) for t in self.targets
+            ]
+        return looks
+
+    @property
+    def measured(self) -> dict[int, str]:
+        """The slide's channels that are written beside, by the model's."""
+        return dict(sorted(self.slide.channels.items())) if self.config.measured else {}
+
+    @property
+    def read_names(self) -> list[str]:
+        """The slide's channels that are read: the sources, then what is written as it is."""
+        return [*(self.slide.channels[c] for c in self.sources), *self.measured.values()]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Provenance: what must be the same for a prediction to be gone on with."""
+        run, slide = self.run, self.slide
+        names = [run.panel.markers[c] for c in self.sources]
+        return {
+            "version": version("imgshared"),
+            "kind": "predicted slide",
+            "method": run.experiment.method.name,
+            "run": str(run.path.resolve()),
+            "checkpoint": run.checkpoint.name,
+            "checkpoint_sha256": hashlib.sha256(run.checkpoint.read_bytes()).hexdigest(),
+            "slide": str(slide.path.resolve()),
+            "level": slide.level,
+            "shape": list(slide.shape),
+            "sources": names,
+            "imputed": [look.name for look in self.looks if IMPUTED in look.name],
+            "margin_px": self.painter.margin if isinstance(self.painter, Exact) else "blended windows",
+            "settings": json.loads(json.dumps(dataclasses.asdict(self.config))),
+        }
+
+
+def settle(run: Run, path: Path, config: SlideConfig) -> Job:
+    """Open the slide, refuse what cannot be done, and settle how its tiles are predicted."""
+    run.refuse_crops_alone()
+    run.refuse_sharp(config.sharp)
+    slide = open_slide(run, path, config)
+    chosen = run.source_mask(config.sources)
+    sources = tuple(chosen.nonzero()[:, 0].tolist())
+    first = slide.channels[sources[0]]
+    tissue = None
+    if config.tissue is not None:
+        tissue = find_tissue(slide, first) if config.tissue == "otsu" else read_tissue(slide, Path(config.tissue))
+    if config.normaliser == "slide":
+        run = fitted_on_slide(run, slide, sources, tissue)
+    others = [m for c, m in enumerate(run.panel.markers) if c not in sources and m != run.panel.chromatin]
+    targets = tuple(dict.fromkeys(run.panel.indices(config.markers or others)))
+    if not targets:
+        raise InputError("every protein is a source, so nothing is left to predict: name markers=... or fewer sources")
+    trust = usual_trust(run, config) if config.intervals else None
+    if config.intervals and trust is None:
+        raise InputError(
+            f"intervals=true: {run.path} has no calibration for these sources and the mean output; leave it out"
+        )
+    draw = partial(draw_image, run, sources=sources, targets=targets, sharp=config.sharp, trust=trust)
+    seen = reach(run.method, chosen.to(run.fabric.device), targets, sharp=config.sharp)
+    painter = Blended(draw, slide.shape) if seen is None else Exact(draw, slide.shape, seen, step_of(run.method))
+    return Job(run, slide, config, sources, targets, trust, tissue, painter)
+
+
+def usual_trust(run: Run, config: SlideConfig) -> Trust | None:
+    """Return the run's calibration where it holds: for its usual sources and normaliser, and the mean."""
+    usual = run.source_mask(config.sources).equal(run.source_mask(None))
+    return load_trust(run.path) if usual and not config.sharp and config.normaliser == "checkpoint" else None
+
+
+def _contrast(run: Run, channel: int) -> tuple[float, float]:
+    """Raw intensities that the normaliser takes to 0 and 1."""
+    ends = run.normaliser.select([channel]).inverse(torch.tensor([0.0, 1.0])[None, None])
+    return float(ends.flatten()[0]), float(ends.flatten()[1])

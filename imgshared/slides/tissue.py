@@ -1,0 +1,102 @@
+"""Where a slide shows tissue: what lies outside is glass, which is neither read again nor predicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from skimage.filters import threshold_otsu
+
+from imgshared.data.readers import open_mask, read_mask
+from imgshared.data.windows import level_shapes, windows
+from imgshared.slides.source import Slide
+from imgshared.types import InputError
+
+THUMBNAIL = 2048  # px, the longer side at most
+BLOCK = 4096  # px of the level that are read at a time
+SMOOTH, GROW = 16.0, 64.0  # px of the slide: from nuclei to tissue, and what belongs to its outermost cells
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """A mask of tissue that is coarser than the slide, or as fine.
+
+    Parameters
+    ----------
+    mask
+        (y, x) bool.
+    shape
+        (Y, X) of the slide's grid.
+    """
+
+    mask: NDArray[np.bool_]
+    shape: tuple[int, int]
+
+    def within(self, rows: slice, columns: slice) -> NDArray[np.bool_]:
+        """Return (rows, columns) bool, by the nearest pixel of the mask."""
+        at = [
+            ((np.arange(here.start, here.stop) + 0.5) * given / side).astype(np.int64)
+            for here, given, side in zip((rows, columns), self.mask.shape, self.shape, strict=True)
+        ]
+        return np.asarray(self.mask[at[0][:, None], at[1]])
+
+
+def find_tissue(slide: Slide, channel: str) -> Tissue:
+    """Find tissue by Otsu's threshold on the square root of a smoothed thumbnail of one channel.
+
+    Raises
+    ------
+    InputError
+        Where the channel is constant.
+    """
+    small = thumbnail(slide, channel)
+    factor = max(slide.shape) / max(small.shape)
+    image = np.sqrt(ndimage.gaussian_filter(small - small.min(), SMOOTH / factor))  # dim tissue is tissue
+    if not image.max() > image.min():
+        raise InputError(f"{slide.path}: {channel!r} is the same everywhere, so tissue=otsu finds none: leave it out")
+    near = ndimage.distance_transform_edt(image <= threshold_otsu(image)) <= GROW / factor
+    return Tissue(np.asarray(near), slide.shape)
+
+
+def read_tissue(slide: Slide, path: Path) -> Tissue:
+    """Read a mask of tissue, of the size of one of the slide's levels; not 0 is tissue.
+
+    Raises
+    ------
+    InputError
+        Where it has another size; both are named.
+    """
+    shape = open_mask(path).shape[1:]
+    known = level_shapes(slide.path) if not slide.image.files else [slide.level_shape]
+    if shape not in known:
+        told = ", ".join(f"{y} x {x}" for y, x in known)
+        raise InputError(f"mask {path} is {shape[0]} x {shape[1]} pixels, the levels of {slide.path} are {told}")
+    return Tissue(read_mask(path) > 0, slide.shape)
+
+
+def thumbnail(slide: Slide, channel: str) -> NDArray[np.float32]:
+    """Return a small (y, x) picture of a channel: means of squares, of the coarsest level that is large enough."""
+    shapes = level_shapes(slide.path) if not slide.image.files else [slide.level_shape]
+    level = max([k for k, shape in enumerate(shapes) if max(shape) >= THUMBNAIL], default=0)
+    height, width = shapes[level]
+    factor = max(1, -(-max(height, width) // THUMBNAIL))
+    out = np.zeros((-(-height // factor), -(-width // factor)), np.float32)
+    block = BLOCK // factor * factor
+    with windows(slide.image, [channel], level) as read:
+        for y in range(0, height, block):
+            for x in range(0, width, block):
+                small = _means(read(slice(y, min(y + block, height)), slice(x, min(x + block, width)))[0], factor)
+                out[y // factor :, x // factor :][: small.shape[0], : small.shape[1]] = small
+    return out
+
+
+def _means(image: NDArray[Any], factor: int) -> NDArray[np.float32]:
+    """Means of factor x factor pixels; the last row and column of what is there."""
+    starts = [np.arange(0, side, factor) for side in image.shape]
+    sums = np.add.reduceat(np.add.reduceat(image, starts[0], 0, dtype=np.float64), starts[1], 1)
+    counts = [np.diff([*start.tolist(), side]) for start, side in zip(starts, image.shape, strict=True)]
+    return np.asarray(sums / np.outer(*counts), np.float32)
