@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import re
 import sys
 import warnings
@@ -172,7 +173,12 @@ def _verb(
 def _console() -> Any:
     from rich.console import Console
 
-    return Console()
+    return Console(quiet=not _first())
+
+
+def _first() -> bool:
+    """Whether this is the only process, or under torchrun the first, which alone speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _simulate(a: argparse.Namespace) -> None:
@@ -199,7 +205,9 @@ def _predict(a: argparse.Namespace) -> None:
     from imgshared.data.windows import is_slide
 
     config = load(SlideConfig if is_slide(a.data) else PredictConfig, a.config, a.settings)
-    print(api.predict(a.run_folder, a.data, a.out, overwrite=a.overwrite, console=_console(), config=config))
+    out = api.predict(a.run_folder, a.data, a.out, overwrite=a.overwrite, console=_console(), config=config)
+    if _first():
+        print(out)
 
 
 def _evaluate(a: argparse.Namespace) -> None:

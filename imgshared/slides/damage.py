@@ -45,9 +45,9 @@ class Damage:
         def guarded(rows: slice, columns: slice) -> NDArray[Any]:
             try:
                 return read(rows, columns)
-            except InputError:
+            except InputError as error:
                 if not self.allowed:
-                    raise
+                    raise InputError(f"{error}, or leave out what cannot be read: skip_damaged=true") from error
             out = np.zeros((channels, rows.stop - rows.start, columns.stop - columns.start), dtype)
             for y, x in itertools.product(_cuts(rows), _cuts(columns)):
                 try:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from imgshared.methods.base import Method
 
-STEP = 64  # px, at least the coarsest step of a network
+STEP = 16  # px, the least step at which tiles begin
 SIDES = (256, 512, 1024)  # px, of the images on which a network is asked how far it sees
 PROBES = 5  # pixels that are changed, at different places of the coarsest step
 CHANGE = 10.0  # by how much, normalised units: what is far off must not be lost in rounding

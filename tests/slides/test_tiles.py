@@ -39,7 +39,7 @@ class Looking(torch.nn.Module):
         return Prediction(self.convolution(images))
 
 
-@pytest.mark.parametrize(("radius", "margin"), [(1, 64), (5, 64), (64, 64), (65, 128), (100, 128)])
+@pytest.mark.parametrize(("radius", "margin"), [(1, 16), (5, 16), (64, 64), (65, 80), (100, 112)])
 def test_reach_is_the_radius_of_what_is_seen(radius, margin):
     assert reach(Looking(radius), torch.tensor([True, False, False]), [1]) == margin
 
@@ -62,7 +62,7 @@ def test_too_small_a_margin_would_show(untrained):
     run = untrained(METHODS[0])
     image = np.random.default_rng(0).integers(0, 900, (1, 603, 530)).astype(np.uint16)
     draw = lambda pixels: draw_image(run, pixels, [0], [1, 2])  # noqa: E731
-    tile, short = plan_tiles((603, 530), 256)[4], Exact(draw, (603, 530), 0, 64)
+    tile, short = plan_tiles((603, 530), 256)[4], Exact(draw, (603, 530), 0, 16)
     whole = draw(image)
     assert np.abs(short(image[:, *short.outer(tile)], tile) - whole[:, *tile]).max() > 1e-2 * np.ptp(whole)
 
