@@ -62,13 +62,14 @@ def predict_plate(
             progress(f"predict {field.well}/{field.field}", done, len(here))
         predict_slide(run, path / field.path, partial / field.path, replace(config, cells=None))
     if first:
-        _write_metadata(partial, out.name, here, missing)
+        write_plate_metadata(partial, out.name, here, missing)
         put_in_place(partial, out)
     run.fabric.barrier()
     return out
 
 
-def _write_metadata(folder: Path, name: str, fields: Sequence[Field], missing: Sequence[str]) -> None:
+def write_plate_metadata(folder: Path, name: str, fields: Sequence[Field], missing: Sequence[str] = ()) -> None:
+    """Make a plate, OME-Zarr 0.5, of the images that lie in a folder as ``row/column/field``."""
     rows, columns = (sorted({getattr(f, axis) for f in fields}, key=_order) for axis in ("row", "column"))
     wells = list(dict.fromkeys((f.row, f.column) for f in fields))
     plate = {

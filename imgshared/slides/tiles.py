@@ -133,14 +133,14 @@ class Blended:
 
     def outer(self, tile: Span) -> Span:
         """The rows and columns that a tile is predicted from."""
-        spans = [self._along(here, side) for here, side in zip(tile, self.shape, strict=True)]
+        spans = [self.along(here, side) for here, side in zip(tile, self.shape, strict=True)]
         return slice(spans[0][0].start, spans[0][-1].stop), slice(spans[1][0].start, spans[1][-1].stop)
 
     def __call__(self, pixels: NDArray[Any], tile: Span) -> Floats:
         """(C, Y, X) pixels of `outer` to (T, y, x) of the tile."""
         outer, whole = self.outer(tile), list[Floats]()
         weight = np.zeros([s.stop - s.start for s in tile], np.float32)
-        rows, columns = (self._along(here, side) for here, side in zip(tile, self.shape, strict=True))
+        rows, columns = (self.along(here, side) for here, side in zip(tile, self.shape, strict=True))
         for window in itertools.product(rows, columns):
             y, x = (within(w, o) for w, o in zip(window, outer, strict=True))
             drawn = self.draw(pixels[:, y, x])
@@ -153,7 +153,7 @@ class Blended:
             weight[into[0], into[1]] += share
         return np.asarray(whole[0] / weight)
 
-    def _along(self, here: slice, side: int) -> list[slice]:
+    def along(self, here: slice, side: int) -> list[slice]:
         """The windows of one axis that touch `here`, in order."""
         if side <= self.window:
             return [slice(0, side)]
