@@ -206,6 +206,7 @@ def _refit(
     def fit(experiment: Experiment, folder: Path, resume: bool) -> None:
         shown.rule(f"{folder.name.replace('_', ' ')}, without {experiment.split.by} {_names(experiment.split.test)}")
         _train(experiment, folder, resume=resume, console=shown)
+        calibrate(load_run(folder), store)
 
     fit_folds(run, store, out, config, fit, fold, moved)
 
