@@ -118,3 +118,10 @@ def test_another_store_cannot_be_refitted(linear, make_store, tmp_path):
     other = CellStore(make_store(tmp_path / "other.zarr", seed=9))
     with pytest.raises(InputError, match="needs the store that trained it"):
         plan_folds(linear, other, CONFIG)
+
+
+def test_each_fold_is_calibrated_on_its_own_inner_groups(nested, toy):
+    assert set(nested.coverage["marker"]) == {"P1", "P2"}
+    assert set(nested.cells.loc[nested.cells["width"].notna(), "group"]) == {"g0", "g1", "g2", "g3", "g4"}
+    for k in (1, 2):
+        assert (nested.report.parent / "folds" / f"fold_{k}" / "trust.npz").exists()
