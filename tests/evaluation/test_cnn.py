@@ -50,7 +50,8 @@ def test_together_and_one_by_one_take_the_same_step(monkeypatch):
     beside = gradients(jobs)
     for k, job in enumerate(jobs):
         for name, alone in gradients([job]).items():
-            torch.testing.assert_close(beside[name][k], alone[0], rtol=1e-2, atol=1e-4)
+            close = 1e-3 * float(alone.abs().max())  # sums in another order, and what ReLUs make of that
+            torch.testing.assert_close(beside[name][k], alone[0], rtol=1e-2, atol=close)
     assert not torch.allclose(*beside["conv1.0.weight"][:2], rtol=0.1)
 
 

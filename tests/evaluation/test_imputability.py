@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -76,6 +77,7 @@ def test_reasons_are_those_planted():
 
 
 def test_a_trained_run_knows_and_predict_warns(trained_run, toy, tmp_path):
+    trained_run = replace(trained_run, path=tmp_path)  # whose file is changed below; the fixture's stays
     path = assess(trained_run, toy)
     rows = {r["marker"]: r for r in json.loads(path.read_text())}
     assert set(rows) == {"P1", "P2"}
