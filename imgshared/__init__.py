@@ -7,9 +7,31 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imgshared.api import evaluate, load_run, open_store, predict, predict_image, prepare, refit, simulate, train
+    from imgshared.api import (
+        evaluate,
+        export,
+        load_run,
+        open_store,
+        predict,
+        predict_image,
+        prepare,
+        refit,
+        simulate,
+        train,
+    )
 
-__all__ = ["evaluate", "load_run", "open_store", "predict", "predict_image", "prepare", "refit", "simulate", "train"]
+__all__ = [
+    "evaluate",
+    "export",
+    "load_run",
+    "open_store",
+    "predict",
+    "predict_image",
+    "prepare",
+    "refit",
+    "simulate",
+    "train",
+]
 __version__ = version("imgshared")
 
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from imgshared.config import (
     EvaluateConfig,
     Experiment,
+    ExportConfig,
     PredictConfig,
     PrepareConfig,
     SimulateConfig,
@@ -34,13 +35,25 @@ from imgshared.evaluation.evaluate import Evaluation
 from imgshared.evaluation.evaluate import evaluate as _evaluate
 from imgshared.evaluation.imputability import assess, warnings_of
 from imgshared.evaluation.refit import fit_folds
-from imgshared.prediction import Run, load_run, predict_image
+from imgshared.prediction import Run, predict_image
+from imgshared.prediction import load_run as _load_run
 from imgshared.prediction import predict as _predict
 from imgshared.slides import predict_plate, predict_slide
 from imgshared.training.loop import train as _train
 from imgshared.types import InputError
 
-__all__ = ["evaluate", "load_run", "open_store", "predict", "predict_image", "prepare", "refit", "simulate", "train"]
+__all__ = [
+    "evaluate",
+    "export",
+    "load_run",
+    "open_store",
+    "predict",
+    "predict_image",
+    "prepare",
+    "refit",
+    "simulate",
+    "train",
+]
 
 PathLike = str | Path
 
@@ -48,6 +61,15 @@ PathLike = str | Path
 def open_store(path: PathLike) -> CellStore:
     """Open a cell store (or a store of predictions) for reading."""
     return CellStore(path)
+
+
+def load_run(path: PathLike, *, checkpoint: str = "best") -> Run:
+    """Open a run folder, or a file that `export` wrote (``.onnx``), for prediction; see `prediction.load_run`."""
+    if Path(path).suffix == ".onnx":
+        from imgshared.prediction.onnx import load_onnx
+
+        return load_onnx(Path(path))
+    return _load_run(path, checkpoint=checkpoint)
 
 
 def simulate(out: PathLike, *, console: Console | None = None, **settings: Any) -> Path:
@@ -143,6 +165,13 @@ def predict(
         return _predict(
             run, store, out, config, overwrite=overwrite, progress=lambda done, total: moved("predict", done, total)
         )
+
+
+def export(run: Run | PathLike, out: PathLike, **settings: Any) -> Path:
+    """Write a run's prediction as ONNX (``.onnx``) or a PyTorch program (``.pt2``); settings are `ExportConfig`'s."""
+    from imgshared.prediction.export import export as _export  # torch.export takes a while to import
+
+    return _export(_opened_run(run), Path(out), _settings(ExportConfig, settings))
 
 
 def evaluate(

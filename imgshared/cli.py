@@ -15,6 +15,7 @@ from typing import Any
 from imgshared.config import (
     EvaluateConfig,
     Experiment,
+    ExportConfig,
     PredictConfig,
     PrepareConfig,
     SimulateConfig,
@@ -33,6 +34,7 @@ predict unmeasured stains, and check the predictions.
   imgshared train configs/translator.yaml data=cells.zarr
   imgshared predict runs/translator cells.zarr       unmeasured stains and latents of cells
   imgshared predict runs/translator slide.ome.tif    unmeasured stains of a whole slide or plate
+  imgshared export runs/translator translator.onnx   one file that predicts without imgshared
   imgshared evaluate runs/translator cells.zarr 'labels=[drug]'
 """
 
@@ -43,6 +45,7 @@ KINDS: dict[str, type[Any]] = {
     "predict": PredictConfig,
     "predict-slide": SlideConfig,
     "evaluate": EvaluateConfig,
+    "export": ExportConfig,
 }
 
 
@@ -118,13 +121,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue exactly where the last checkpoint stands")
 
     predict = _verb(verbs, "predict", _predict, "unmeasured stains of cells, slides or plates, in raw intensity units")
-    predict.add_argument("run_folder", metavar="run", type=Path, help="run folder")
+    predict.add_argument(
+        "run_folder", metavar="run", type=Path, help="run folder, or an .onnx file that `export` wrote"
+    )
     predict.add_argument("data", type=Path, help="cell store, slide (OME-TIFF, OME-Zarr) or OME-Zarr plate")
     predict.add_argument(
         "--out", type=Path, help="what to write: a store, a slide.ome.zarr or .ome.tif (default: in <run>/predictions)"
     )
     predict.add_argument("--overwrite", action="store_true", help="replace existing predictions")
     predict.epilog = f"{predict.epilog} For slides and plates: `imgshared config predict-slide`."
+
+    export = _verb(verbs, "export", _export, "a trained translator or regression as one file, ONNX or torch.export")
+    export.add_argument("run_folder", metavar="run", type=Path, help="run folder")
+    export.add_argument("out", type=Path, help="file to write: name.onnx, or name.pt2 for torch.export")
 
     evaluate = _verb(verbs, "evaluate", _evaluate, "held-out groups: fidelity, classifiers, latent probes, a report")
     evaluate.add_argument("run_folder", metavar="run", type=Path, help="run folder")
@@ -208,6 +217,12 @@ def _predict(a: argparse.Namespace) -> None:
     out = api.predict(a.run_folder, a.data, a.out, overwrite=a.overwrite, console=_console(), config=config)
     if _first():
         print(out)
+
+
+def _export(a: argparse.Namespace) -> None:
+    from imgshared import api
+
+    print(api.export(a.run_folder, a.out, config=load(ExportConfig, a.config, a.settings)))
 
 
 def _evaluate(a: argparse.Namespace) -> None:

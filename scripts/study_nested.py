@@ -3,7 +3,8 @@
     python scripts/study_nested.py DATA OUT [--parts bbbc013 imc_spleen]
 
 DATA holds bbbc013/ and imc_spleen/. translator by its mean. bbbc013: 4 folds of wells, dose; imc_spleen: its 4 regions
-one by one, white pulp against red pulp, at most 4,000 cells of each part. Reports are in OUT/<part>/run/evaluation; finished folds are not trained again.
+one by one, white pulp against red pulp, at most 4,000 cells of each part. Reports are in OUT/<part>/run/evaluation;
+finished folds are not trained again.
 """
 
 from __future__ import annotations

@@ -169,6 +169,15 @@ class SlideConfig:
 
 
 @dataclass(config=CLOSED, frozen=True)
+class ExportConfig:
+    """What an exported file predicts, from which stains."""
+
+    markers: tuple[str, ...] | None = None  # None: every protein of the model
+    sources: tuple[str, ...] | None = None  # None: those that the method is bound to, else chromatin
+    sharp: bool = False  # the output with texture in place of the mean, where the method has one
+
+
+@dataclass(config=CLOSED, frozen=True)
 class EvaluateConfig:
     """What to report."""
 

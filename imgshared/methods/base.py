@@ -80,6 +80,8 @@ class Method(nn.Module, ABC):
     ----------
     sources
         The channels that it predicts from, where it is bound to some; None: any subset predicts any other stain.
+    targets
+        The channels that it can predict, where these are not all.
     any_size
         Whether it translates images of any size, not crops alone.
     global_statistics
@@ -93,6 +95,7 @@ class Method(nn.Module, ABC):
     tables: Mapping[str, LatentTable]
     stage: Stage
     sources: tuple[int, ...] | None = None
+    targets: tuple[int, ...] | None = None
     any_size: bool = False
     global_statistics: bool = False
     sharp: bool = False

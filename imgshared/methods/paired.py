@@ -55,6 +55,7 @@ class PairedMethod(Method):
     """
 
     sources: tuple[int, ...]
+    targets: tuple[int, ...]
     config: LinearConfig | RegressionConfig | Pix2pixConfig
 
     any_size = True

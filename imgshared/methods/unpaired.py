@@ -59,6 +59,7 @@ class UnpairedMethod(Method):
     """
 
     sources: tuple[int]
+    targets: tuple[int, ...]
     config: CutConfig | CycleGanConfig
 
     any_size = True

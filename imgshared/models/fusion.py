@@ -52,3 +52,10 @@ def fuse_product(mean: Tensor, log_std: Tensor, cells: Tensor, n: int) -> tuple[
     weight = mean.new_ones(n, *mean.shape[1:]).index_add(0, cells, precision)  # 1: the prior's
     total = mean.new_zeros(n, *mean.shape[1:]).index_add(0, cells, mean * precision)
     return total / weight, -0.5 * weight.log()
+
+
+def product_of(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    """`fuse_product` of experts that are stacked along the first axis, (S, n, ...), every cell having all of them."""
+    precision = (-2 * log_std.float()).exp()
+    weight = 1 + precision.sum(0)
+    return (mean.float() * precision).sum(0) / weight, -0.5 * weight.log()

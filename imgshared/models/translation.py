@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imgshared.models.bounds import LOG_SCALE, soft_bound
-from imgshared.models.fusion import fuse_mean, fuse_product
+from imgshared.models.fusion import fuse_mean, fuse_product, product_of
 from imgshared.models.pyramid import Block, Condition, ConvPyramid, TimmPyramid, UpPath, pad_to_multiple
 from imgshared.types import InputError
 
@@ -88,6 +88,7 @@ class TranslationNetwork(nn.Module):
         network_of = [c if by_marker else int(c != chromatin) for c in range(markers)]
         self.register_buffer("network_of", torch.tensor(network_of), persistent=False)
         build = ConvPyramid if backbone == "conv" else partial(TimmPyramid, backbone)
+        self._places = network_of
         serves = [network_of.count(i) for i in range(max(network_of) + 1)]
         self.encoders = nn.ModuleList([build(channels, marker_dim=marker_dim if n > 1 else 0) for n in serves])
         self.reductions: tuple[int, ...] = self.encoders[0].reductions  # type: ignore[assignment]
@@ -118,7 +119,16 @@ class TranslationNetwork(nn.Module):
         runs = zip(self.encoders, images[order].split(counts), self.marker(channels[order]).split(counts), strict=True)
         each = [encoder(run, code) for encoder, run, code in runs if len(run)]
         back = order.argsort()
-        levels = [torch.cat(level)[back] if len(level) > 1 else level[0] for level in zip(*each, strict=True)]
+        return self._split(
+            [torch.cat(level)[back] if len(level) > 1 else level[0] for level in zip(*each, strict=True)]
+        )
+
+    def encode_as(self, images: Tensor, channel: int) -> Maps:
+        """`encode` (P, 1, Y, X) images that are all of one marker: a graph without choices, which can be exported."""
+        code = self.marker.weight[channel].expand(images.shape[0], -1)  # len() would fix the size of an exported graph
+        return self._split(self.encoders[self._places[channel]](pad_to_multiple(images, self.multiple), code))
+
+    def _split(self, levels: Sequence[Tensor]) -> Maps:
         shared = [h[:, :s] for h, s in zip(levels, self.widths, strict=True)]
         specific = [h[:, s:] for h, s in zip(levels, self.widths, strict=True)]
         # start=0: fresh experts are as wide as the prior
@@ -132,6 +142,25 @@ class TranslationNetwork(nn.Module):
             return Maps([fuse_mean(h, w, cells, n) for h, w in zip(maps.shared, weights, strict=True)])
         fused = [fuse_product(h, s, cells, n) for h, s in zip(maps.shared, maps.log_std, strict=True)]
         return Maps([mean for mean, _ in fused], log_std=[log_std for _, log_std in fused])
+
+    def fuse_stains(self, stains: Sequence[Maps], channels: Sequence[int]) -> Maps:
+        """`fuse` the maps of several stains of the same cells in the same order: a graph without choices."""
+        if self.trust is None:
+            levels = zip(zip(*(m.shared for m in stains), strict=True), zip(*(m.log_std for m in stains), strict=True),
+                         strict=True)  # fmt: skip
+            fused = [product_of(torch.stack(h), torch.stack(s)) for h, s in levels]
+            return Maps([mean for mean, _ in fused], log_std=[log_std for _, log_std in fused])
+        if len(stains) == 1:
+            return Maps(stains[0].shared)
+        weights = soft_bound(TRUST_PACE * self.trust[list(channels)], *LOG_TRUST).exp()
+        shares = (weights / weights.sum(0)).split(self.widths, 1)
+        each = zip(*(m.shared for m in stains), strict=True)
+        return Maps(
+            [
+                (w[:, None, :, None, None] * torch.stack(h).float()).sum(0).to(h[0].dtype)
+                for w, h in zip(shares, each, strict=True)
+            ]
+        )
 
     def own_detail(self, specific: Sequence[Tensor]) -> Tensor:
         """What the specific maps of Q stains add to the shared ones: (Q, width, Y / r0, X / r0)."""

@@ -35,7 +35,7 @@ def predict_image(
     channels
         The marker of each channel, by name or alias; others than the model's are not used.
     markers
-        Stains to predict, in this order; None is every protein of the model.
+        Stains to predict, in this order; None is every protein that is no source.
     sources
         Stains to predict from; None is those that the method is bound to, else chromatin.
     sharp
@@ -55,7 +55,8 @@ def predict_image(
     run.refuse_sharp(sharp)
     if image.ndim != 3 or len(image) != len(channels):
         raise InputError(f"an image of shape {image.shape} is not (C, Y, X) with the {len(channels)} channels named")
-    chosen = run.source_mask(sources).nonzero()[:, 0].tolist()
+    given = run.source_mask(sources)
+    chosen = given.nonzero()[:, 0].tolist()
     place = {run.panel.find(name): c for c, name in enumerate(channels)}
     for source in chosen:
         if source not in place:
@@ -63,7 +64,7 @@ def predict_image(
                 f"the image has no {run.panel.markers[source]}, which the prediction starts from; it has "
                 f"{', '.join(channels)}"
             )
-    targets = run.panel.indices(markers or run.panel.proteins)
+    targets = run.target_channels(markers, given)
     return draw_image(run, image[[place[source] for source in chosen]], chosen, targets, sharp=sharp)
 
 

@@ -81,6 +81,29 @@ class Run:
         mask[wanted] = True
         return mask
 
+    def target_channels(self, names: Sequence[str] | None, given: Tensor) -> list[int]:
+        """Return the channels to predict: the named ones, or every protein that the method predicts and is not `given`.
+
+        Parameters
+        ----------
+        given
+            (C,) bool, see `source_mask`.
+
+        Raises
+        ------
+        InputError
+            For an unknown name, or where nothing is left.
+        """
+        if names:
+            return list(dict.fromkeys(self.panel.indices(names)))
+        known = range(len(self.panel)) if self.method.targets is None else self.method.targets
+        rest = [c for c in known if not given[c] and c != self.panel.chromatin_index]
+        if not rest:
+            raise InputError(
+                "every protein is a source, so nothing is left to predict: name markers=... or fewer sources=..."
+            )
+        return rest
+
     def refuse_crops_alone(self) -> None:
         """Refuse images of another size than the training crops to a method that knows no other.
 

@@ -59,12 +59,7 @@ def predict(
     config = config or PredictConfig()
     _refuse_unknown_wishes(run, config)
     given = run.source_mask(config.sources)
-    others = [m for m, g in zip(run.panel.markers, given.tolist(), strict=True) if not g and m != run.panel.chromatin]
-    if not (config.markers or others):
-        raise InputError(
-            "every protein is a source, so nothing is left to predict: name markers=... or fewer sources=..."
-        )
-    targets = list(dict.fromkeys(run.panel.indices(config.markers or others)))
+    targets = run.target_channels(config.markers, given)
     here, source = Path(out).resolve(), store.path.resolve()
     if here == source or here in source.parents or source in here.parents:
         raise InputError(

@@ -111,10 +111,7 @@ def settle(run: Run, path: Path, config: SlideConfig) -> Job:
         tissue = find_tissue(slide, first) if config.tissue == "otsu" else read_tissue(slide, Path(config.tissue))
     if config.normaliser == "slide":
         run = fitted_on_slide(run, slide, sources, tissue)
-    others = [m for c, m in enumerate(run.panel.markers) if c not in sources and m != run.panel.chromatin]
-    targets = tuple(dict.fromkeys(run.panel.indices(config.markers or others)))
-    if not targets:
-        raise InputError("every protein is a source, so nothing is left to predict: name markers=... or fewer sources")
+    targets = tuple(run.target_channels(config.markers, chosen))
     trust = usual_trust(run, config) if config.intervals else None
     if config.intervals and trust is None:
         raise InputError(
