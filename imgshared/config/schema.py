@@ -104,6 +104,7 @@ class TrainConfig:
     """How the loop runs."""
 
     batch_size: Count = 64  # cells a step, over all devices together
+    accumulate: Count = 1  # parts, one after the other, in which each device takes its share of a batch: less memory
     balance: Literal["cells", "panels"] = "cells"  # panels: a batch holds as many cells of each panel that occurs
     ema: Fraction = 0.0  # decay a step of the averaged weights that predict; 0: no average
     gradient_clip: Weight = 0.0  # greatest norm of a player's gradient; 0: none

@@ -49,6 +49,9 @@ class Feed:
         measured markers that occurs, so that the sides of unpaired data meet in every batch.
     stained
         (cells, channels) bool, what counts as measured; None: what the store says.
+    parts
+        Parts that a rank cuts its share of a batch into. What a part holds depends on the number of parts over all
+        ranks, not on which rank draws it.
     """
 
     store: CellStore
@@ -63,6 +66,7 @@ class Feed:
     world: int = 1
     balance: Literal["cells", "panels"] = "cells"
     stained: NDArray[np.bool_] | None = None
+    parts: int = 1
 
     def __post_init__(self) -> None:
         stained = self._pick(self.store.measured[self.cells]) if self.stained is None else self.stained
@@ -82,17 +86,19 @@ class Feed:
         return max(1, len(self.cells) // self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0, augment: Augment | None = None) -> Iterator[Batch]:
-        """Yield this rank's batches of an epoch from step `start` on."""
+        """Yield this rank's parts of the batches of an epoch, one after the other, from step `start` on."""
         order = self._order(torch.Generator().manual_seed(mix(self.seed, epoch)))
+        own = range(self.rank * self.parts, (self.rank + 1) * self.parts)
+        places = [(step, part) for step in range(start, self.steps) for part in own]
 
-        def rows(step: int) -> Tensor:
+        def rows(step: int, part: int) -> Tensor:
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            return batch.tensor_split(self.world)[self.rank]  # contiguous: each share holds the panels in turn
+            return batch.tensor_split(self.world * self.parts)[part]  # contiguous: each holds the panels in turn
 
         geometry = augment.geometry if augment else None
-        work = ((rows(step), geometry, mix(self.seed, epoch, step, self.rank)) for step in range(start, self.steps))
-        for step, batch in enumerate(self._batches(work), start):
-            yield augment.intensity(batch, mix(self.seed, epoch, step, self.rank, 1)) if augment else batch
+        work = ((rows(*place), geometry, mix(self.seed, epoch, *place)) for place in places)
+        for place, batch in zip(places, self._batches(work), strict=True):
+            yield augment.intensity(batch, mix(self.seed, epoch, *place, 1)) if augment else batch
 
     def _order(self, generator: torch.Generator) -> Tensor:
         """Shuffle; with balanced panels their cells take turns, and a panel of few cells begins anew."""

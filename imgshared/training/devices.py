@@ -47,14 +47,21 @@ def has_bf16(accelerator: str) -> bool:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], world: int) -> None:
-    """Average gradients over ranks in one message; a rank without a stain counts its gradient as zero."""
+    """Average gradients over ranks in one message.
+
+    A rank without a stain counts its gradient as zero; a parameter without a gradient on any rank stays without one,
+    as in one process, where Adam then leaves it alone.
+    """
     if world == 1:
         return
-    parameters = [p for p in parameters if p.requires_grad]
-    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
+    parameters = list(parameters)
+    has = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
+    grads = [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters]
+    flat = torch.cat([*grads, has.to(grads[0].dtype)])
     dist.all_reduce(flat)
-    for p, grad in zip(parameters, (flat / world).split([p.numel() for p in parameters]), strict=True):
-        p.grad = grad.view_as(p)
+    *means, count = (flat / world).split([*(p.numel() for p in parameters), len(parameters)])
+    for p, mean, some in zip(parameters, means, (count > 0).tolist(), strict=True):
+        p.grad = mean.view_as(p) if some else None
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-STATISTICS = ("running_mean", "running_var")
+from imgshared.training.statistics import ENDS
 
 
 class Ema:
@@ -25,7 +25,7 @@ class Ema:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self._live: dict[str, Tensor] = dict(module.named_parameters())
-        self._live |= {name: b for name, b in module.named_buffers() if name.endswith(STATISTICS)}
+        self._live |= {name: b for name, b in module.named_buffers() if name.endswith(ENDS)}
         self.values = {name: p.detach().clone() for name, p in self._live.items()}
 
     @torch.no_grad()

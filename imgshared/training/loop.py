@@ -24,11 +24,12 @@ from imgshared.data.store import CellStore
 from imgshared.methods.base import Method, Stage
 from imgshared.training.checkpoint import Contract, load, save
 from imgshared.training.devices import average_gradients, gather_rows, make_fabric
-from imgshared.training.ema import STATISTICS, Ema
+from imgshared.training.ema import Ema
 from imgshared.training.folder import begin_run, best_path, last_path, samples_path
 from imgshared.training.log import RunLog
 from imgshared.training.meter import MEASURE, Meter
 from imgshared.training.position import Position
+from imgshared.training.statistics import BatchStatistics
 from imgshared.training.watch import CELLS, Watch, collapsed
 from imgshared.types import Batch, InputError
 
@@ -94,6 +95,7 @@ class Trainer:
             (run / "contract.json").write_text(json.dumps(self.contract.to_dict(), indent=2) + "\n")
         self.feeds = {part: self._feed(store, rows, measured[rows]) for part, rows in cells.items()}
         self.method: Method = method.to(self.fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.statistics = BatchStatistics(method, self.config.accumulate, self.fabric.world_size)
         self.position = Position()
         self.ema = Ema(method, self.config.ema) if self.config.ema else None
         self._resumed_optimizers: dict[str, Any] = {}
@@ -136,9 +138,9 @@ class Trainer:
         augment = self.augment if stage.augment else None
         while at.epoch < stage.epochs and not self._waited_enough(stage):
             due = stop = False
-            for batch in feed.epoch(at.stage << 20 | at.epoch, at.step, augment):
-                torch.manual_seed(mix(self.experiment.seed, at.stage, at.epoch, at.step, self.fabric.global_rank))
-                self._step(batch, stage, optimizers, meter)
+            parts = [feed.epoch(at.stage << 20 | at.epoch, at.step, augment)] * self.config.accumulate
+            for batches in zip(*parts, strict=True):  # the same iterator so many times: one batch after the other
+                self._step(batches, stage, optimizers, meter)
                 at.step, at.total = at.step + 1, at.total + 1
                 at_log = at.total % self.config.log_every == 0
                 if at_log or self.fabric.world_size == 1:
@@ -160,30 +162,35 @@ class Trainer:
         self.position = Position(stage=at.stage, total=at.total)
         self._save()
 
-    def _step(self, batch: Batch, stage: Stage, optimizers: Mapping[str, Adam | None], meter: Meter) -> None:
-        """Let every player move once."""
+    def _step(
+        self, batches: Sequence[Batch], stage: Stage, optimizers: Mapping[str, Adam | None], meter: Meter
+    ) -> None:
+        """Let every player move once, by the mean gradient of all parts of the batch.
+
+        A part is the same whoever computes it, from its random numbers to its batch statistics. No player has moved
+        before all have seen the part: what the discriminator is shown, the generator made in its own turn.
+        """
         at, steps = self.position, self.feeds["train"].steps
         self.method.progress = (at.epoch * steps + at.step) / (stage.epochs * steps)
-        rate = min(1.0, (1 - self.method.progress) / stage.lr_decay) if stage.lr_decay else 1.0
-        for player, optimizer in optimizers.items():
-            self.method.turn(player)
-            with self.fabric.autocast():
-                terms = self.method.loss(batch, player)
-            if optimizer is not None:
-                for group, settings in zip(optimizer.param_groups, stage.groups[player], strict=True):
-                    group["lr"] = settings.lr * rate
-                optimizer.zero_grad(set_to_none=True)
-                terms.total.backward()
-                average_gradients(self.method.parameters(), self.fabric.world_size)
-                if self.config.gradient_clip:
-                    own = [p for group in optimizer.param_groups for p in group["params"]]
-                    torch.nn.utils.clip_grad_norm_(own, self.config.gradient_clip)
-                optimizer.step()
-            meter.add(terms, "discriminator/" if player == "discriminator" else "")
-        self._step_tables(stage)
+        for mover in filter(None, optimizers.values()):
+            mover.zero_grad(set_to_none=True)
+        self.statistics.begin()
+        for part, batch in enumerate(batches, self.fabric.global_rank * len(batches)):
+            torch.manual_seed(mix(self.experiment.seed, at.stage, at.epoch, at.step, part))
+            for player, optimizer in optimizers.items():
+                self.method.turn(player)
+                with self.fabric.autocast():
+                    terms = self.method.loss(batch, player)
+                if optimizer is not None:
+                    (terms.total / len(batches)).backward()
+                meter.add(terms, "discriminator/" if player == "discriminator" else "")
+            self._step_tables(stage)
+            self.statistics.take()
+        self.statistics.end()
+        self._move(stage, optimizers)
         if self.ema:
             self.ema.update(at.total)
-        meter.step(len(batch.index) * self.fabric.world_size)
+        meter.step(sum(len(batch.index) for batch in batches) * self.fabric.world_size)
 
     def _step_tables(self, stage: Stage) -> None:
         world = self.fabric.world_size
@@ -192,6 +199,19 @@ class Trainer:
                 table.step(lr)
             else:
                 table.step(lr, gather_rows, world)
+
+    def _move(self, stage: Stage, optimizers: Mapping[str, Adam | None]) -> None:
+        rate = min(1.0, (1 - self.method.progress) / stage.lr_decay) if stage.lr_decay else 1.0
+        for player, optimizer in optimizers.items():
+            if optimizer is None:
+                continue
+            for group, settings in zip(optimizer.param_groups, stage.groups[player], strict=True):
+                group["lr"] = settings.lr * rate
+            own = [p for group in optimizer.param_groups for p in group["params"]]
+            average_gradients(own, self.fabric.world_size)
+            if self.config.gradient_clip:
+                torch.nn.utils.clip_grad_norm_(own, self.config.gradient_clip)
+            optimizer.step()
 
     def _agree(self, due: bool) -> tuple[bool, bool]:
         """Say whether a checkpoint is due and whether to stop: rank 0 decides, for ranks must not differ."""
@@ -225,7 +245,6 @@ class Trainer:
         if (at.epoch + 1) % self.config.validate_every or not stage.validated:
             return
         torch.manual_seed(mix(self.experiment.seed, at.stage, at.epoch, self.fabric.global_rank, 1))
-        self._same_statistics()
         self.method.eval()
         self.method.progress = (at.epoch + 1) / stage.epochs
         meter = Meter()
@@ -347,14 +366,8 @@ class Trainer:
         return Feed(
             store, cells, channels, self.contract.normaliser, fabric.device, residency, self.config.batch_size,
             self.experiment.seed, fabric.global_rank, fabric.world_size, self.config.balance, stained,
+            self.config.accumulate,
         )  # fmt: skip
-
-    def _same_statistics(self) -> None:
-        """Batch statistics are per rank: take those of rank 0; image pools stay each rank's own."""
-        if self.fabric.world_size > 1:
-            for name, buffer in self.method.named_buffers():
-                if name.endswith(STATISTICS):
-                    torch.distributed.broadcast(buffer, 0)
 
     @contextmanager
     def _on_interrupt(self) -> Iterator[None]:

@@ -75,6 +75,9 @@ def test_ranks_share_each_batch_without_overlap(toy):
     for step, batch in enumerate(alone):
         parts = torch.cat([ranks[r][step].index for r in range(4)])
         assert parts.sort().values.equal(batch.index.sort().values)
+    assert [b.index.tolist() for b in feed(toy, batch_size=18, parts=4).epoch(3)] == [
+        ranks[r][step].index.tolist() for step in range(len(alone)) for r in range(4)
+    ]  # one rank with four parts draws what four ranks draw
     once = torch.cat([b.index for r in range(4) for b in feed(toy, rank=r, world=4).once(7)])
     assert once.sort().values.equal(torch.arange(70))
 

@@ -29,6 +29,7 @@ TINY = [
     "method.latent_epochs=2", "method.encoder_epochs=2", "train.batch_size=16", "train.precision=float32",
     "train.accelerator=cpu", "train.log_every=2", "split.test=[g0]", "split.val=[g1]",
 ]  # fmt: skip
+LAUNCHER = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
 
 def experiment(store: Path, *overrides: str) -> Experiment:
@@ -166,13 +167,8 @@ def test_a_killed_and_an_interrupted_process_go_on_exactly(how: signal.Signals, 
 def test_two_ranks_share_the_cells(store: Path, tmp_path: Path) -> None:
     config, out = tmp_path / "tiny.yaml", tmp_path / "run"
     config.write_text(dump(experiment(store)))
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = subprocess.run(
-        command(config, out, launcher=launcher),
-        capture_output=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    words = command(config, out, launcher=LAUNCHER)
+    done = subprocess.run(words, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     tree, _ = checkpoint.load(out / "checkpoints" / "last.safetensors")
     steps = tree["tables"]["shared"]["steps"]
@@ -182,6 +178,37 @@ def test_two_ranks_share_the_cells(store: Path, tmp_path: Path) -> None:
     rows = read_metrics(out)
     assert [r["step"] for r in rows] == sorted(r["step"] for r in rows)  # one rank writes the log
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+METHODS = {
+    "apollo": ["train.batch_size=16"],
+    "translator": ["method.channels=[8,12]", "method.marker_dim=4", "method.epochs=2", "method.encoders=marker",
+                   "method.weights={adversarial: 0.1, sharp: 1, patch_nce: 0.1, cycle: 0.1}", "method.translated=4",
+                   "method.discriminator_channels=[4]", "augment={flips: true, gain: 0.1}"],
+    "pix2pix": ["method.channels=[8,8]", "method.discriminator_channels=[4]", "method.epochs=2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_ranks_learn_what_one_process_does(name: str, store: Path, tmp_path: Path) -> None:
+    """A batch of two parts is the same on two ranks and one after the other: noise, statistics, augmentation."""
+    tiny = [*(s for s in TINY if name == "apollo" or not s.startswith("method.")), f"method.name={name}"]
+    settings = [f"data={store}", *tiny, *METHODS[name], "train.ema=0.9", "train.log_every=1"]
+    e = load(Experiment, None, [*settings, "train.accumulate=2"])
+    run(e, tmp_path / "one")
+    config = tmp_path / "two.yaml"
+    config.write_text(dump(load(Experiment, None, settings)))
+    words = command(config, tmp_path / "two", launcher=LAUNCHER)
+    done = subprocess.run(words, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for key in one:
+        if not key.endswith("num_batches_tracked"):
+            torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+    losses = [[r["loss"] for r in read_metrics(tmp_path / n) if r["split"] == "train"] for n in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len(set(losses[0])) > 1
 
 
 def test_early_stopping_keeps_the_best(store: Path, tmp_path: Path) -> None:
