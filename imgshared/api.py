@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,12 @@ from imgshared.evaluation.calibrate import calibrate
 from imgshared.evaluation.evaluate import Evaluation
 from imgshared.evaluation.evaluate import evaluate as _evaluate
 from imgshared.evaluation.imputability import assess, warnings_of
-from imgshared.evaluation.refit import fit_folds
+from imgshared.evaluation.refit import await_folds, fit_folds
 from imgshared.prediction import Run, predict_image
 from imgshared.prediction import load_run as _load_run
 from imgshared.prediction import predict as _predict
 from imgshared.slides import predict_plate, predict_slide
+from imgshared.training.devices import alone, place_among_processes
 from imgshared.training.loop import train as _train
 from imgshared.types import InputError
 
@@ -174,6 +175,7 @@ def export(run: Run | PathLike, out: PathLike, **settings: Any) -> Path:
     return _export(_opened_run(run), Path(out), _settings(ExportConfig, settings))
 
 
+@alone()
 def evaluate(
     run: Run | PathLike,
     store: CellStore | PathLike,
@@ -186,7 +188,7 @@ def evaluate(
 
     Without `out` it goes to ``<run>/evaluation/<name of the store>``; an earlier evaluation there is replaced. With
     ``refit=True`` the run's configuration is first trained again for each fold of groups (see `refit`), by default in
-    ``<run>/evaluation/<name of the store>_refit``.
+    ``<run>/evaluation/<name of the store>_refit``. Under torchrun call `refit` in all processes first, this in one.
     """
     run, store = _opened(run, store)
     config = _settings(EvaluateConfig, settings)
@@ -201,6 +203,7 @@ def evaluate(
             return _evaluate(run, store, out, config, progress=moved)
 
 
+@alone()
 def refit(
     run: Run | PathLike,
     store: CellStore | PathLike,
@@ -213,12 +216,17 @@ def refit(
     """Train the models of a nested study that are not there yet, for ``evaluate(..., refit=True)`` to judge.
 
     `fold` (from 1 on) trains that one alone, so that folds can run in processes of their own; an interrupted one goes
-    on where it stood.
+    on where it stood. Under torchrun each process trains its share of the folds, on its own device, and waits for the
+    others.
     """
     run, store = _opened(run, store)
     config = _settings(EvaluateConfig, settings)
+    folder, (rank, world) = _evaluation_folder(run, store, out, config), place_among_processes()
+    own = range(rank + 1, config.folds + 1, world)
     with _bar(console, "nested study") as whole:
-        _refit(run, store, _evaluation_folder(run, store, out, config), config, fold, console, whole)
+        _refit(run, store, folder, config, own if fold is None else [fold], console, whole)
+    if fold is None:
+        await_folds(folder, config.folds)
 
 
 def _refit(
@@ -226,7 +234,7 @@ def _refit(
     store: CellStore,
     out: Path,
     config: EvaluateConfig,
-    fold: int | None,
+    only: Collection[int] | None,
     console: Console | None,
     moved: Callable[[str, int, int], None],
 ) -> None:
@@ -237,7 +245,7 @@ def _refit(
         _train(experiment, folder, resume=resume, console=shown)
         calibrate(load_run(folder), store)
 
-    fit_folds(run, store, out, config, fit, fold, moved)
+    fit_folds(run, store, out, config, fit, only, moved)
 
 
 def _evaluation_folder(run: Run, store: CellStore, out: PathLike | None, config: EvaluateConfig) -> Path:

@@ -236,7 +236,10 @@ def _evaluate(a: argparse.Namespace) -> None:
         api.refit(a.run_folder, a.store, a.out, fold=a.fold, console=_console(), config=config)
         print(f"Fold {a.fold} is trained. Where all are, the same command without --fold judges them together.")
         return
-    print(api.evaluate(a.run_folder, a.store, a.out, console=_console(), config=config).report)
+    if config.refit and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        api.refit(a.run_folder, a.store, a.out, console=_console(), config=config)
+    if _first():
+        print(api.evaluate(a.run_folder, a.store, a.out, console=_console(), config=config).report)
 
 
 def _demo(a: argparse.Namespace) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -142,6 +144,20 @@ def write_store() -> Callable[..., Path]:
 def arrays() -> tuple[Any, Any, Any, Any]:
     """images, measured, masks and obs of the toy store, to be changed and written by `write_store`."""
     return toy_cells()
+
+
+@pytest.fixture(scope="session")
+def in_two_processes() -> Callable[..., str]:
+    """``in_two_processes(*words)`` runs ``imgshared <words>`` under torchrun and returns what it printed."""
+
+    def run(*words: Any) -> str:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
+        command = [*launcher, "imgshared.cli", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr.decode()[-3000:]
+        return done.stdout.decode()
+
+    return run
 
 
 def _write_image(

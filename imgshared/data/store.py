@@ -50,10 +50,7 @@ class StoreWriter:
 
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         self.path, self.partial = Path(path), Path(f"{path}.partial")
-        if self.path.exists() and not overwrite:
-            raise InputError(f"{self.path} exists already: choose another name, or pass --overwrite to replace it")
-        if self.path.exists() and not (self.path / "zarr.json").exists():
-            raise InputError(f"{self.path} is not a store, so it is not replaced: choose another name")
+        refuse_existing(self.path, overwrite)
         if self.partial.exists():
             shutil.rmtree(self.partial)
         self.partial.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +74,7 @@ class StoreWriter:
 
     def append(self, **rows: NDArray[Any]) -> None:
         """Append rows to `obsm` arrays; the first call fixes each array's row shape and dtype."""
-        for name, block in rows.items():
+        for name, block in sorted(rows.items()):  # so the hash does not tell who wrote them
             block = np.ascontiguousarray(block)
             if name not in self._arrays:
                 chunk = max(1, CHUNK_BYTES // max(1, int(np.prod(block.shape[1:])) * block.itemsize))
@@ -223,6 +220,11 @@ class CellStore:
         """Read rows of any `obsm` array by name."""
         return self._read(name, cells)
 
+    def layers(self) -> dict[str, NDArray[Any]]:
+        """Read all layers, each (N, C)."""
+        names = sorted(self._root["layers"].array_keys())  # type: ignore[union-attr]
+        return {name: np.asarray(anndata.io.read_elem(self._root[f"layers/{name}"])) for name in names}
+
     def obsm_names(self) -> list[str]:
         """Names of the `obsm` arrays."""
         return sorted(self._root["obsm"].array_keys())  # type: ignore[union-attr]
@@ -251,6 +253,20 @@ class CellStore:
             rows[start : start + len(run)] = np.asarray(array[run[0] : run[-1] + 1])[run - run[0]]
             start += len(run)
         return rows if np.array_equal(unique, cells) else rows[inverse]
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Refuse to write a store where something is, but for a store that is to be replaced.
+
+    Raises
+    ------
+    InputError
+        Names the place.
+    """
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already: choose another name, or pass --overwrite to replace it")
+    if path.exists() and not (path / "zarr.json").exists():
+        raise InputError(f"{path} is not a store, so it is not replaced: choose another name")
 
 
 def put_in_place(partial: Path, path: Path) -> None:

@@ -7,7 +7,8 @@ the remaining ones, stop the training and choose its checkpoint. Nothing of a gr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from imgshared.prediction import Run, load_run, predict_cells
 from imgshared.types import InputError
 
 DONE = "done"  # a file in a fold's folder: its training came to its end
+POLL_S = 1.0
 
 
 def plan_folds(run: Run, store: CellStore, config: EvaluateConfig) -> list[Split]:
@@ -76,29 +78,36 @@ def fit_folds(
     out: Path,
     config: EvaluateConfig,
     train: Callable[[Experiment, Path, bool], None],
-    only: int | None = None,
+    only: Collection[int] | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> None:
-    """Train the imputers that are not there yet, all or one of them.
+    """Train the imputers that are not there yet, all or some of them.
 
     Parameters
     ----------
     train
         Called with (experiment, run folder, whether to resume).
     only
-        A fold from 1 on; None: all.
+        Folds, from 1 on; None: all.
     """
     folds = plan_folds(run, store, config)
-    if only is not None and not 1 <= only <= len(folds):
-        raise InputError(f"there is no fold {only}: folds count from 1 to {len(folds)}")
+    for k in only or ():
+        if not 1 <= k <= len(folds):
+            raise InputError(f"there is no fold {k}: folds count from 1 to {len(folds)}")
     for k, split in enumerate(folds, 1):
         folder = _folder(out, k)
-        if (folder / DONE).exists() or only not in (None, k):
+        if (folder / DONE).exists() or (only is not None and k not in only):
             continue
         progress(f"fold {k} of {len(folds)}", k - 1, len(folds) + 1)  # the last part of a study is its judgement
         wish = dataclasses.replace(run.experiment.split, val=split.val, test=split.test)
         train(dataclasses.replace(run.experiment, split=wish), folder, (folder / "config.yaml").exists())
         (folder / DONE).touch()
+
+
+def await_folds(out: Path, folds: int) -> None:
+    """Wait until other processes have trained their folds; where one of them fails, torchrun ends all."""
+    while not all((_folder(out, k) / DONE).exists() for k in range(1, folds + 1)):
+        time.sleep(POLL_S)
 
 
 def nested(run: Run, store: CellStore, out: Path, config: EvaluateConfig, say: Progress) -> Study:

@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import tifffile
 import torch
 from numpy.typing import NDArray
 
 from imgshared.config import PredictConfig
 from imgshared.data.normalise import Normaliser
-from imgshared.data.store import CellStore, StoreWriter, panel_table, put_in_place
+from imgshared.data.store import CellStore, StoreWriter, panel_table, refuse_existing
 from imgshared.methods.base import LatentMethod
 from imgshared.prediction.cells import Progress, predict_batches
+from imgshared.prediction.frames import OmeFrames
 from imgshared.prediction.images import in_raw
 from imgshared.prediction.run import Run
 from imgshared.prediction.trust import Trust, load_trust
 from imgshared.prediction.types import Floats, PredictedCells
 from imgshared.types import InputError
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is predicted of what, and how far it is calibrated."""
+
+    run: Run
+    store: CellStore
+    targets: list[int]
+    config: PredictConfig
+    trust: Trust | None
+
+
+class Block(NamedTuple):
+    """Some cells' predictions: `obsm` arrays, and what ends in the small tables."""
+
+    cells: NDArray[np.integer[Any]]
+    arrays: dict[str, NDArray[Any]]
+    means: Floats
+    layers: dict[str, NDArray[Any]]
+    odd: NDArray[np.float64] | None
 
 
 def predict(
@@ -46,6 +69,8 @@ def predict(
     in its name becomes _). With ``ome_tiff`` also ``<out>.ome/<image>.ome.tif``: the cells of an image as frames
     (TCYX), measured and predicted channels named.
 
+    Under torchrun each process predicts its share of the cells into ``<out>.part<rank>``, and the first one joins them.
+
     Where the run was calibrated (see `imgshared.prediction.trust`) and predicts from its usual sources, also
     ``layers["uncertainty"]`` (half width of the 90% interval of `X`), ``layers["abstain"]`` (better not predicted) and
     ``obs["ood"]`` (share of calibration cells with a less odd source; 1 is out of it all).
@@ -65,78 +90,132 @@ def predict(
         raise InputError(
             f"{out} is, holds or lies in the store that is predicted: measured images are never overwritten"
         )
-    trust = _trust(run, config)
+    refuse_existing(Path(out), overwrite)
+    job, cells, fabric = Job(run, store, targets, config, _trust(run, config)), np.arange(len(store)), run.fabric
+    if fabric.world_size == 1:
+        return _write(job, _predicted(job, cells), out, cells, overwrite, progress)
+    parts = [Path(f"{out}.part{rank}") for rank in range(fabric.world_size)]
+    share = _shares(len(store), config.batch_size, fabric.world_size)[fabric.global_rank]
+    plain = replace(job, config=replace(config, ome_tiff=False))
+    _write(plain, _predicted(job, share), parts[fabric.global_rank], share, True, progress)
+    fabric.barrier()
+    if fabric.is_global_zero:
+        _write(job, _stored(parts, config.batch_size), out, cells, overwrite, progress)
+        for part in parts:
+            shutil.rmtree(part)
+    fabric.barrier()
+    return out
+
+
+def _shares(cells: int, batch_size: int, ranks: int) -> list[NDArray[np.intp]]:
+    """Cut the cells into as many runs of whole batches, in order; there may be empty ones."""
+    batches = -(-cells // batch_size)
+    edges = [min(cells, batch_size * (batches * rank // ranks)) for rank in range(ranks + 1)]
+    return [np.arange(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def _write(
+    job: Job,
+    blocks: Iterable[Block],
+    out: Path,
+    cells: NDArray[np.integer[Any]],
+    overwrite: bool,
+    progress: Progress | None,
+) -> Path:
+    """Write a store, and frames on request, of the blocks of some cells."""
+    run, store, config, kept, done = job.run, job.store, job.config, list[Block](), 0
     with ExitStack() as stack:
         writer = stack.enter_context(StoreWriter(out, overwrite=overwrite))
-        folder = Path(f"{out}.ome")
-        frames = (
-            stack.enter_context(OmeFrames(run, store, targets, folder, overwrite, intervals=config.intervals))
-            if config.ome_tiff
-            else None
-        )
-        means, layers, odd = _predict_all(run, store, targets, config, trust, writer, frames, progress)
+        frames = None
+        if config.ome_tiff:
+            made = OmeFrames(run, store, job.targets, Path(f"{out}.ome"), overwrite, intervals=config.intervals)
+            frames = stack.enter_context(made)
+        for block in blocks:
+            writer.append(**block.arrays)
+            if frames:
+                frames.add(block.cells, block.arrays["predicted_images"], block.arrays.get("interval_images"))
+            kept.append(block._replace(arrays={}))
+            done += len(block.cells)
+            if progress:
+                progress(done, len(cells))
         if frames:
             frames.flush()  # all that may fill the disk comes before either folder gets its name
+        obs = store.obs.iloc[cells]
+        kept = kept or [_nothing(job)]
+        odd = [block.odd for block in kept if block.odd is not None]
         writer.finish(
-            store.obs if odd is None else store.obs.assign(ood=odd), panel_table(run.panel).iloc[targets], means,
-            layers=layers,
-            obsm={"spatial": store.obsm("spatial")}, info=_info(run, store, config),
+            obs.assign(ood=np.concatenate(odd)) if odd else obs, panel_table(run.panel).iloc[job.targets],
+            np.concatenate([block.means for block in kept]),
+            layers={name: np.concatenate([block.layers[name] for block in kept]) for name in kept[0].layers},
+            obsm={"spatial": store.obsm("spatial")[cells]}, info=_info(run, store, config),
         )  # fmt: skip
         if frames:
             frames.finish()
     return writer.path
 
 
-def _predict_all(
-    run: Run,
-    store: CellStore,
-    targets: Sequence[int],
-    config: PredictConfig,
-    trust: Trust | None,
-    writer: StoreWriter,
-    frames: OmeFrames | None,
-    progress: Progress | None,
-) -> tuple[Floats, dict[str, NDArray[Any]], NDArray[np.float64] | None]:
-    """Write the images and latents batch by batch; return the cells' mean intensities, layers and oddness."""
-    normaliser = run.normaliser.select(targets)
-    means, layers, oddness, done = [], list[dict[str, NDArray[Any]]](), [], 0
+def _nothing(job: Job) -> Block:
+    """The block of no cells: what a process writes that has no share."""
+    none = np.zeros((0, len(job.targets)))
+    return Block(np.arange(0), {}, none.astype(np.float32), {"measured": none.astype(bool)}, None)
+
+
+def _stored(parts: Sequence[Path], batch_size: int) -> Iterator[Block]:
+    """Read back the blocks that the processes have written, in order."""
+    start = 0
+    for part in map(CellStore, parts):
+        layers, means = part.layers(), part.mean_intensity
+        names = [name for name in part.obsm_names() if name != "spatial"]
+        odd = part.obs["ood"].to_numpy() if "ood" in part.obs else None
+        for first in range(0, len(part), batch_size):
+            rows = slice(first, min(first + batch_size, len(part)))
+            yield Block(
+                np.arange(start + rows.start, start + rows.stop),
+                {name: part.obsm(name, rows) for name in names},
+                means[rows],
+                {name: layer[rows] for name, layer in layers.items()},
+                None if odd is None else odd[rows],
+            )
+        start += len(part)
+
+
+def _predicted(job: Job, cells: NDArray[np.integer[Any]]) -> Iterator[Block]:
+    """Predict some cells batch by batch."""
+    config, targets = job.config, job.targets
+    if not len(cells):
+        return
     batches = predict_batches(
-        run, store, np.arange(len(store)), sources=config.sources, full=config.full, shared=config.shared,
+        job.run, job.store, cells, sources=config.sources, full=config.full, shared=config.shared,
         sharp=config.sharp, batch_size=config.batch_size, targets=targets,
     )  # fmt: skip
     for part in batches:
-        raw = {
-            name: normaliser.inverse(torch.from_numpy(image[:, targets])).numpy() for name, image in part.images.items()
-        }
-        for name in raw.keys() - {"predicted", "sharp"}:
-            raw[name] *= part.measured[:, targets, None, None]
-        arrays = {f"{name}_images": image for name, image in raw.items()}
-        guess = part.images["predicted"][:, targets]
-        if part.scale is not None and config.scale:
-            arrays["predicted_scale"] = _in_raw(guess, part.scale[:, targets], normaliser)
-        if trust is not None and config.intervals:
-            halves = np.stack([trust.pixels(part, c) for c in targets], 1)
-            arrays["interval_images"] = _in_raw(guess, halves, normaliser)
-        writer.append(
-            **arrays,
-            **({"X_shared": part.shared["sources"]} if part.shared else {}),
-            **{f"X_{marker.replace('/', '_')}": z for marker, z in part.specific.items()},
-        )
-        means.append(_mean_in_mask(raw["predicted"], part.masks))
-        layers.append({"measured": part.measured[:, targets]})
-        if trust is not None:
-            oddness.append(trust.odd(trust.describe(part, run.source_channel)))
-            widths = [trust.pixels(part, c) for c in targets]
-            spread = [trust.cells(means[-1][:, k], c) for k, c in enumerate(targets)]
-            unsure = [trust.abstain(w.mean((1, 2)), oddness[-1], c) for w, c in zip(widths, targets, strict=True)]
-            layers[-1] |= {"uncertainty": np.stack(spread, 1), "abstain": np.stack(unsure, 1)}
-        if frames:
-            frames.add(part, raw["predicted"], arrays.get("interval_images"))
-        done += len(part.cells)
-        if progress:
-            progress(done, len(store))
-    whole = {name: np.concatenate([each[name] for each in layers]) for name in layers[0]}
-    return np.concatenate(means), whole, np.concatenate(oddness) if oddness else None
+        yield _block(job, part)
+
+
+def _block(job: Job, part: PredictedCells) -> Block:
+    """Bring a batch to raw units, with what the calibration says of it."""
+    targets, trust, normaliser = job.targets, job.trust, job.run.normaliser.select(job.targets)
+    raw = {name: normaliser.inverse(torch.from_numpy(image[:, targets])).numpy() for name, image in part.images.items()}
+    for name in raw.keys() - {"predicted", "sharp"}:
+        raw[name] *= part.measured[:, targets, None, None]
+    arrays = {f"{name}_images": image for name, image in raw.items()}
+    guess = part.images["predicted"][:, targets]
+    if part.scale is not None and job.config.scale:
+        arrays["predicted_scale"] = _in_raw(guess, part.scale[:, targets], normaliser)
+    widths = [] if trust is None else [trust.pixels(part, c) for c in targets]
+    if job.config.intervals:
+        arrays["interval_images"] = _in_raw(guess, np.stack(widths, 1), normaliser)
+    if part.shared:
+        arrays["X_shared"] = part.shared["sources"]
+    arrays |= {f"X_{marker.replace('/', '_')}": z for marker, z in part.specific.items()}
+    means, odd = _mean_in_mask(raw["predicted"], part.masks), None
+    layers: dict[str, NDArray[Any]] = {"measured": part.measured[:, targets]}
+    if trust is not None:
+        odd = trust.odd(trust.describe(part, job.run.source_channel))
+        spread = [trust.cells(means[:, k], c) for k, c in enumerate(targets)]
+        unsure = [trust.abstain(w.mean((1, 2)), odd, c) for w, c in zip(widths, targets, strict=True)]
+        layers |= {"uncertainty": np.stack(spread, 1), "abstain": np.stack(unsure, 1)}
+    return Block(part.cells, arrays, means, layers, odd)
 
 
 def _trust(run: Run, config: PredictConfig) -> Trust | None:
@@ -188,82 +267,3 @@ def _info(run: Run, store: CellStore, config: PredictConfig) -> dict[str, Any]:
         "pixel_size_um": store.pixel_size_um,
         "cells_by_split_of_the_model": {str(k): int(v) for k, v in parts.items()},
     }
-
-
-class OmeFrames:
-    """One OME-TIFF an image: cells are frames (T), channels the measured stains and the predicted ones, float32.
-
-    On request also the half widths of the predictions' intervals.
-
-    Written beside, into ``<folder>.partial``, and renamed by `finish`; left without it, nothing remains.
-
-    Raises
-    ------
-    InputError
-        Where the folder exists (without `overwrite`), or two images of the store would share a file.
-    """
-
-    def __init__(
-        self, run: Run, store: CellStore, targets: Sequence[int], folder: Path, overwrite: bool, *, intervals: bool
-    ) -> None:
-        if folder.exists() and not overwrite:
-            raise InputError(f"{folder} exists already: choose another name, or pass --overwrite to replace it")
-        self.run, self.store, self.targets = run, store, targets
-        self.folder, self.partial = folder, Path(f"{folder}.partial")
-        kinds = ("predicted", "90% interval") if intervals else ("predicted",)
-        self.names = [*run.panel.markers, *(f"{run.panel.markers[t]} ({kind})" for kind in kinds for t in targets)]
-        self._images = store.obs["image"].astype(str).to_numpy()
-        _refuse_shared_files(self._images)
-        self._image: str | None = None
-        self._frames: list[Floats] = []
-
-    def __enter__(self) -> Self:
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)  # gone already where finished
-
-    def add(self, part: PredictedCells, predicted: Floats, intervals: Floats | None = None) -> None:
-        """Append cells, which come image by image in the order of the store."""
-        real = self.run.normaliser.inverse(torch.from_numpy(part.real)).numpy() * part.measured[..., None, None]
-        images = self._images[part.cells]
-        for image in dict.fromkeys(images):
-            if image != self._image:
-                self.flush()
-                self._image = image
-            rows = images == image
-            shown = [real, predicted] if intervals is None else [real, predicted, intervals]
-            self._frames.append(np.concatenate([x[rows] for x in shown], 1).astype(np.float32))
-
-    def finish(self) -> None:
-        """Give the folder its name."""
-        put_in_place(self.partial, self.folder)
-
-    def flush(self) -> None:
-        """Write the image whose cells have come so far."""
-        if self._image is None:
-            return
-        size = self.store.pixel_size_um
-        physical = {"PhysicalSizeX": size, "PhysicalSizeY": size, "PhysicalSizeXUnit": "µm", "PhysicalSizeYUnit": "µm"}
-        tifffile.imwrite(
-            self.partial / _file_name(self._image), np.concatenate(self._frames), photometric="minisblack",
-            compression="zlib",
-            metadata={"axes": "TCYX", "Channel": {"Name": self.names}, **(physical if size else {})},
-        )  # fmt: skip
-        self._image, self._frames = None, []
-
-
-def _file_name(image: str) -> str:
-    return f"{image.replace('/', '_')}.ome.tif"
-
-
-def _refuse_shared_files(images: NDArray[Any]) -> None:
-    blocks = images[np.append(True, images[1:] != images[:-1])]  # an image whose cells are apart would come twice
-    files, counts = np.unique([_file_name(image) for image in blocks], return_counts=True)
-    if (counts > 1).any():
-        raise InputError(
-            f"ome_tiff: the store would fill {files[counts > 1][0]} twice: its images share a name, or their cells "
-            "are not in one block"
-        )

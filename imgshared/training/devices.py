@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
 logging.getLogger("lightning_fabric").setLevel(
@@ -17,20 +21,40 @@ logging.getLogger("lightning_fabric").setLevel(
 )  # its import sets INFO; `train` says the precision itself
 
 
+PATIENCE = timedelta(days=7)  # one rank may write, or train its last fold, while the others wait
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within, each process of torchrun works by itself, on its own device."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def place_among_processes() -> tuple[int, int]:
+    """Return this process's rank and the number of processes that torchrun started; 0 and 1 without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def make_fabric(
     accelerator: Literal["auto", "cpu", "cuda", "mps"], precision: Literal["auto", "float32", "bf16"]
 ) -> Fabric:
-    """Return a launched Fabric: one device, or one a process under torchrun (gloo on CPUs, NCCL on GPUs)."""
+    """Return a launched Fabric: one device, or under torchrun one a process (gloo on CPUs, NCCL on GPUs)."""
     chosen = accelerator
     if chosen == "auto":
         chosen = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     half = precision == "bf16" or (precision == "auto" and has_bf16(chosen))
-    under_torchrun = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    together = place_among_processes()[1] > 1 and not _alone.get()
+    own = [int(os.environ.get("LOCAL_RANK", "0"))] if chosen == "cuda" else 1
     fabric = Fabric(
         accelerator=chosen,
-        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if under_torchrun else 1,
-        num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")) if under_torchrun else 1,
-        strategy="ddp" if under_torchrun else "auto",
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if together else own,
+        num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")) if together else 1,
+        strategy=DDPStrategy(timeout=PATIENCE) if together else "auto",
         precision="bf16-mixed" if half else "32-true",
     )
     fabric.launch()

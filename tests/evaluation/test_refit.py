@@ -5,6 +5,7 @@ import io
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from rich.console import Console
 
@@ -125,3 +126,14 @@ def test_each_fold_is_calibrated_on_its_own_inner_groups(nested, toy):
     assert set(nested.cells.loc[nested.cells["width"].notna(), "group"]) == {"g0", "g1", "g2", "g3", "g4"}
     for k in (1, 2):
         assert (nested.report.parent / "folds" / f"fold_{k}" / "trust.npz").exists()
+
+
+def test_two_processes_train_a_fold_each_and_one_judges(nested, linear, toy, in_two_processes, tmp_path):
+    wish = ("folds=2", "labels=[label]", "--refit", "--out", tmp_path / "out")
+    said = in_two_processes("evaluate", linear.path, toy.path, *wish)
+    assert said.count("report.html") == 1
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    for key in ("splits", "cells_used", "leaks"):
+        assert found[key] == nested.metrics[key]
+    theirs, ours = (pd.read_csv(out / "tables" / "labels.csv") for out in (tmp_path / "out", nested.report.parent))
+    pd.testing.assert_frame_equal(theirs, ours)

@@ -18,6 +18,7 @@ from imgshared.config import Experiment, PredictConfig, TranslatorConfig, Transl
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore, StoreWriter
 from imgshared.prediction import load_run, predict, predict_cells, predict_image
+from imgshared.prediction.write import Job, _predicted, _shares, _stored, _write
 from imgshared.types import InputError
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -439,3 +440,39 @@ def test_the_sources_are_drawn_again_from_their_shared_latents(trained_run, toy)
     again, real = done.images["shared"][:, 0], done.real[:, 0]  # chromatin is the source
     np.testing.assert_allclose(done.source_error, ((again - real) ** 2).mean((1, 2)), rtol=1e-4)
     assert predict_cells(trained_run, toy, np.arange(6), latents=False).source_error is None
+
+
+def test_two_processes_predict_what_one_does(trained_run, toy, in_two_processes, tmp_path):
+    """Shares of 3 and 2 batches; every array, table and picture is the same."""
+    wish = ("batch_size=18", "full=true", "intervals=true", "ome_tiff=true")
+    said = in_two_processes("predict", trained_run.path, toy.path, "--out", tmp_path / "two.zarr", *wish)
+    assert said.count("two.zarr") == 1
+    one = predict(trained_run, toy, tmp_path / "one.zarr",
+                  PredictConfig(batch_size=18, full=True, intervals=True, ome_tiff=True))  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.zarr", "one.zarr.ome", "two.zarr", "two.zarr.ome"]
+    for frames in sorted((tmp_path / "one.zarr.ome").iterdir()):  # files differ by their UUID
+        again = tifffile.imread(tmp_path / "two.zarr.ome" / frames.name)
+        np.testing.assert_array_equal(again, tifffile.imread(frames))
+    ours, theirs = (anndata.read_zarr(path) for path in (one, tmp_path / "two.zarr"))
+    assert theirs.obs.equals(ours.obs)
+    np.testing.assert_array_equal(theirs.X, ours.X)
+    for kind in ("obsm", "layers"):
+        first, second = getattr(ours, kind), getattr(theirs, kind)
+        assert set(first) == set(second)
+        for name in first:
+            np.testing.assert_array_equal(second[name], first[name])
+    assert CellStore(tmp_path / "two.zarr").data_hash == CellStore(one).data_hash
+
+
+def test_more_processes_than_batches_leave_none_out():
+    for cells, batch, ranks in ((80, 18, 2), (5, 10, 3), (40, 10, 3)):
+        shares = _shares(cells, batch, ranks)
+        assert len(shares) == ranks
+        assert np.concatenate(shares).tolist() == list(range(cells))
+        assert all(len(s) % batch == 0 or s[-1] == cells - 1 for s in shares)
+
+
+def test_an_empty_share_is_a_store_of_none(trained_run, toy, tmp_path):
+    job = Job(trained_run, toy, [1, 2], PredictConfig(), None)
+    out = _write(job, _predicted(job, np.arange(0)), tmp_path / "p.zarr", np.arange(0), False, None)
+    assert list(_stored([out], 10)) == []

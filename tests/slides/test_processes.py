@@ -1,6 +1,5 @@
 """Several processes, and processes that are killed."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -15,8 +14,6 @@ from imgshared.config import Experiment, SlideConfig, validate
 from imgshared.data.ngff import open_ngff
 from imgshared.prediction import load_run
 from imgshared.slides import predict_slide
-
-LAUNCHER = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 
 
 @pytest.fixture(scope="module")
@@ -60,26 +57,22 @@ def files_of(image):
     return chunks, open_ngff(image).channels
 
 
-def command(run_folder, slide, out, launcher=()):
-    launcher = launcher or ("-m",)
-    words = [sys.executable, *launcher, *(("-m",) if launcher != ("-m",) else ()), "imgshared.cli", "predict"]
-    return [*words, run_folder, slide, "--out", out, "tile=256"]
+def command(run_folder, slide, out):
+    return ["predict", run_folder, slide, "--out", out, "tile=256"]
 
 
-def test_two_processes_write_what_one_does(run_folder, slide, straight, tmp_path):
+def test_two_processes_write_what_one_does(run_folder, slide, straight, in_two_processes, tmp_path):
     out = tmp_path / "o.ome.zarr"
-    done = subprocess.run(command(run_folder, slide, out, LAUNCHER), capture_output=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    said = in_two_processes(*command(run_folder, slide, out))
     assert files_of(out) == straight
-    assert done.stdout.decode().count(str(out)) == 1  # one process speaks
+    assert said.count(str(out)) == 1  # one process speaks
 
 
 @pytest.mark.parametrize("tiles", [1, 30])
 def test_a_killed_prediction_goes_on_as_if_nothing_had_happened(run_folder, slide, straight, tmp_path, tiles):
     out = tmp_path / "o.ome.zarr"
     record = tmp_path / "o.ome.zarr.partial" / "tiles-done.0"
-    words = command(run_folder, slide, out)
+    words = [sys.executable, "-m", "imgshared.cli", *command(run_folder, slide, out)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None and not (record.exists() and len(record.read_text().splitlines()) >= tiles):
         time.sleep(0.01)

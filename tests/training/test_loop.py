@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -29,7 +28,6 @@ TINY = [
     "method.latent_epochs=2", "method.encoder_epochs=2", "train.batch_size=16", "train.precision=float32",
     "train.accelerator=cpu", "train.log_every=2", "split.test=[g0]", "split.val=[g1]",
 ]  # fmt: skip
-LAUNCHER = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
 
 def experiment(store: Path, *overrides: str) -> Experiment:
@@ -164,12 +162,10 @@ def test_a_killed_and_an_interrupted_process_go_on_exactly(how: signal.Signals, 
     assert_equal_runs(out, tmp_path / "straight")
 
 
-def test_two_ranks_share_the_cells(store: Path, tmp_path: Path) -> None:
+def test_two_ranks_share_the_cells(store: Path, tmp_path: Path, in_two_processes: Callable[..., str]) -> None:
     config, out = tmp_path / "tiny.yaml", tmp_path / "run"
     config.write_text(dump(experiment(store)))
-    words = command(config, out, launcher=LAUNCHER)
-    done = subprocess.run(words, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    in_two_processes("train", config, "--out", out)
     tree, _ = checkpoint.load(out / "checkpoints" / "last.safetensors")
     steps = tree["tables"]["shared"]["steps"]
     per_epoch = len(steps) // 16 * 16
@@ -190,7 +186,9 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_ranks_learn_what_one_process_does(name: str, store: Path, tmp_path: Path) -> None:
+def test_two_ranks_learn_what_one_process_does(
+    name: str, store: Path, tmp_path: Path, in_two_processes: Callable[..., str]
+) -> None:
     """A batch of two parts is the same on two ranks and one after the other: noise, statistics, augmentation."""
     tiny = [*(s for s in TINY if name == "apollo" or not s.startswith("method.")), f"method.name={name}"]
     settings = [f"data={store}", *tiny, *METHODS[name], "train.ema=0.9", "train.log_every=1"]
@@ -198,9 +196,7 @@ def test_two_ranks_learn_what_one_process_does(name: str, store: Path, tmp_path:
     run(e, tmp_path / "one")
     config = tmp_path / "two.yaml"
     config.write_text(dump(load(Experiment, None, settings)))
-    words = command(config, tmp_path / "two", launcher=LAUNCHER)
-    done = subprocess.run(words, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    in_two_processes("train", config, "--out", tmp_path / "two")
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     for key in one:

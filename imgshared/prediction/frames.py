@@ -1,0 +1,97 @@
+"""Cells of an image as the frames of one OME-TIFF, for a viewer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from imgshared.data.store import CellStore, put_in_place
+from imgshared.prediction.run import Run
+from imgshared.prediction.types import Floats
+from imgshared.types import InputError
+
+
+class OmeFrames:
+    """One OME-TIFF an image: cells are frames (T), channels the measured stains and the predicted ones, float32.
+
+    On request also the half widths of the predictions' intervals.
+
+    Written beside, into ``<folder>.partial``, and renamed by `finish`; left without it, nothing remains.
+
+    Raises
+    ------
+    InputError
+        Where the folder exists (without `overwrite`), or two images of the store would share a file.
+    """
+
+    def __init__(
+        self, run: Run, store: CellStore, targets: Sequence[int], folder: Path, overwrite: bool, *, intervals: bool
+    ) -> None:
+        if folder.exists() and not overwrite:
+            raise InputError(f"{folder} exists already: choose another name, or pass --overwrite to replace it")
+        self.store, self.channels = store, run.contract.check(store, ())
+        self.folder, self.partial = folder, Path(f"{folder}.partial")
+        kinds = ("predicted", "90% interval") if intervals else ("predicted",)
+        self.names = [*run.panel.markers, *(f"{run.panel.markers[t]} ({kind})" for kind in kinds for t in targets)]
+        self._images = store.obs["image"].astype(str).to_numpy()
+        _refuse_shared_files(self._images)
+        self._image: str | None = None
+        self._frames: list[Floats] = []
+
+    def __enter__(self) -> Self:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)  # gone already where finished
+
+    def add(self, cells: NDArray[np.integer[Any]], predicted: Floats, intervals: Floats | None = None) -> None:
+        """Append cells, which come image by image in the order of the store."""
+        raw = self.store.images(cells)
+        real = np.stack([raw[:, c] if c is not None else np.zeros_like(raw[:, 0]) for c in self.channels], 1)
+        images = self._images[cells]
+        for image in dict.fromkeys(images):
+            if image != self._image:
+                self.flush()
+                self._image = image
+            rows = images == image
+            shown = [real, predicted] if intervals is None else [real, predicted, intervals]
+            self._frames.append(np.concatenate([x[rows] for x in shown], 1).astype(np.float32))
+
+    def finish(self) -> None:
+        """Give the folder its name."""
+        put_in_place(self.partial, self.folder)
+
+    def flush(self) -> None:
+        """Write the image whose cells have come so far."""
+        if self._image is None:
+            return
+        size = self.store.pixel_size_um
+        physical = {"PhysicalSizeX": size, "PhysicalSizeY": size, "PhysicalSizeXUnit": "µm", "PhysicalSizeYUnit": "µm"}
+        tifffile.imwrite(
+            self.partial / _file_name(self._image), np.concatenate(self._frames), photometric="minisblack",
+            compression="zlib",
+            metadata={"axes": "TCYX", "Channel": {"Name": self.names}, **(physical if size else {})},
+        )  # fmt: skip
+        self._image, self._frames = None, []
+
+
+def _file_name(image: str) -> str:
+    return f"{image.replace('/', '_')}.ome.tif"
+
+
+def _refuse_shared_files(images: NDArray[Any]) -> None:
+    blocks = images[np.append(True, images[1:] != images[:-1])]  # an image whose cells are apart would come twice
+    files, counts = np.unique([_file_name(image) for image in blocks], return_counts=True)
+    if (counts > 1).any():
+        raise InputError(
+            f"ome_tiff: the store would fill {files[counts > 1][0]} twice: its images share a name, or their cells "
+            "are not in one block"
+        )
