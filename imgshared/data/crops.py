@@ -1,7 +1,8 @@
-"""From one image and its label mask to cells: resampling, measuring, cutting crops, and the range of intensities."""
+"""From one image and its labels to cells: resampling, which are kept, cutting crops, and the range of intensities."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from skimage.transform import resize
+
+from imgshared.data.scan import SIDE, Labelled, ReadLabels, Scan
+from imgshared.data.windows import plan_tiles
 
 TOUCHES, LEAVES, LOST = "nucleus touches the border", "crop leaves the image", "lost in resampling"
 BLOCK = 256  # crops that are in memory at a time
@@ -21,40 +25,29 @@ class Cells:
     Parameters
     ----------
     labels
-        (n,) label in the mask as the user gave it.
-    numbers
-        (n,) label in the consecutive mask that the crops are cut from.
+        (n,) label in the mask.
     centroids_px
         (n, 2) y and x in pixels of the image they are cut from.
     corners
         (n, 2) first row and column of each crop.
     area_px
         (n,) pixels of the mask.
-    dropped
-        Why and how many cells are not among them.
+    means
+        (n, C) mean intensity of each channel in the mask.
     """
 
     labels: NDArray[np.int64]
-    numbers: NDArray[np.int64]
     centroids_px: NDArray[np.float64]
     corners: NDArray[np.int64]
     area_px: NDArray[np.int64]
-    dropped: dict[str, int]
+    means: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-
-def consecutive(mask: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Number the labels of a (Y, X) mask 1 to n; the second array holds the label that each number stands for."""
-    if int(mask.max(initial=0)) > max(mask.size, 2**20):  # a table of all possible labels would be too long
-        values, inverse = np.unique(mask, return_inverse=True)
-        labels = values[values > 0].astype(np.int64)
-        return (inverse.reshape(mask.shape) + (values[0] != 0)).astype(np.int32), labels
-    present = np.bincount(mask.ravel()) > 0
-    present[0] = False
-    table = np.cumsum(present, dtype=np.int32) * present
-    return table[mask].astype(np.int32), np.flatnonzero(present)
+    def select(self, rows: NDArray[Any]) -> Cells:
+        """Return some of them."""
+        return Cells(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
 
 
 def resample(image: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
@@ -65,69 +58,67 @@ def resample(image: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
     return out if image.dtype.kind == "f" else np.rint(out).astype(image.dtype)
 
 
-def resample_labels(mask: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
-    """Resample a (Y, X) mask to another shape by the nearest pixel."""
-    rows = ((np.arange(shape[0]) + 0.5) * mask.shape[0] / shape[0]).astype(np.int64)
-    columns = ((np.arange(shape[1]) + 0.5) * mask.shape[1] / shape[1]).astype(np.int64)
-    return np.asarray(mask[rows[:, None], columns])
+def resampled_labels(read: ReadLabels, given: tuple[int, int], shape: tuple[int, int]) -> ReadLabels:
+    """Turn what reads windows of labels into what reads them on a grid of another shape, by the nearest pixel."""
+
+    def labels(rows: slice, columns: slice) -> NDArray[Any]:
+        at = [
+            ((np.arange(span.start, span.stop) + 0.5) * side / wanted).astype(np.int64)
+            for span, side, wanted in zip((rows, columns), given, shape, strict=True)
+        ]
+        part = read(*(slice(int(p[0]), int(p[-1]) + 1) for p in at))
+        return np.asarray(part[(at[0] - at[0][0])[:, None], at[1] - at[1][0]])
+
+    return labels
 
 
-def find_cells(mask: NDArray[np.int32], labels: NDArray[np.int64], crop_px: int) -> Cells:
+def find_cells(found: Scan, shape: tuple[int, int], crop_px: int, labels: int) -> tuple[Cells, dict[str, int]]:
     """Return the cells whose crops lie within the image and whose masks do not touch its border.
 
     Parameters
     ----------
-    mask
-        (Y, X) consecutive labels, 0 = background.
     labels
-        (n,) what the user calls them.
+        How many there were before resampling.
+
+    Returns
+    -------
+    The cells, and why and how many others are not among them.
     """
-    count = len(labels)
-    area = np.bincount(mask.ravel(), minlength=count + 1)[1:]
-    y, x = (_weighted(mask, np.arange(side), axis, count) for axis, side in enumerate(mask.shape))
-    present = area > 0
-    centroids = np.stack([y, x], axis=1) / np.maximum(area, 1)[:, None]
+    table = found.table
+    area = table["area"].to_numpy()
+    centroids = table[["y", "x"]].to_numpy() / area[:, None]
     corners = np.rint(centroids - (crop_px - 1) / 2).astype(np.int64)
-    touches = np.zeros(count + 1, bool)
-    touches[np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])] = True
-    touches = touches[1:] & present
-    outside = ((corners < 0) | (corners + crop_px > np.asarray(mask.shape))).any(axis=1)
-    keep = present & ~touches & ~outside
-    dropped = {TOUCHES: touches, LEAVES: present & ~touches & outside, LOST: ~present}
-    return Cells(
-        labels=labels[keep],
-        numbers=np.flatnonzero(keep) + 1,
-        centroids_px=centroids[keep],
-        corners=corners[keep],
-        area_px=area[keep],
-        dropped={reason: int(which.sum()) for reason, which in dropped.items() if which.any()},
-    )
-
-
-def _weighted(mask: NDArray[np.int32], positions: NDArray[Any], axis: int, count: int) -> NDArray[np.float64]:
-    weights = np.broadcast_to(positions[:, None] if axis == 0 else positions[None, :], mask.shape)
-    return np.bincount(mask.ravel(), weights=weights.ravel(), minlength=count + 1)[1:].astype(np.float64)
-
-
-def mean_raw(image: NDArray[Any], mask: NDArray[np.int32], cells: Cells) -> NDArray[np.float32]:
-    """Return (n, C) mean intensity of each channel in each cell's own mask."""
-    sums = [np.bincount(mask.ravel(), weights=plane.ravel())[cells.numbers] for plane in image]
-    return (np.stack(sums, axis=1) / cells.area_px[:, None]).astype(np.float32)
+    touches = table["touches"].to_numpy(bool)
+    outside = ((corners < 0) | (corners + crop_px > np.asarray(shape))).any(axis=1)
+    means = (table[[f"sum_{k}" for k in range(len(found.extremes))]].to_numpy() / area[:, None]).astype(np.float32)
+    every = Cells(table.index.to_numpy(np.int64), centroids, corners, area.astype(np.int64), means)
+    dropped = {TOUCHES: int(touches.sum()), LEAVES: int((outside & ~touches).sum()), LOST: labels - len(table)}
+    return every.select(~touches & ~outside), {reason: count for reason, count in dropped.items() if count}
 
 
 def cut(
-    image: NDArray[Any], mask: NDArray[np.int32], cells: Cells, crop_px: int, *, mask_neighbours: bool
-) -> Iterator[tuple[slice, NDArray[Any], NDArray[np.bool_]]]:
-    """Yield blocks of cells: which they are, their crops (b, C, Y, X) and their own masks (b, Y, X)."""
-    for start in range(0, len(cells), BLOCK):
-        block = slice(start, start + BLOCK)
-        windows = [np.s_[y : y + crop_px, x : x + crop_px] for y, x in cells.corners[block]]
-        crops = np.stack([image[:, *w] for w in windows])
-        around = np.stack([mask[w] for w in windows])
-        own = around == cells.numbers[block, None, None]
-        if mask_neighbours:
-            crops *= (own | (around == 0))[:, None]
-        yield block, crops, own
+    image: Labelled, cells: Cells, crop_px: int, *, mask_neighbours: bool
+) -> Iterator[tuple[Cells, NDArray[Any], NDArray[np.bool_]]]:
+    """Yield blocks of cells, tile by tile: the cells, their crops (b, C, Y, X) and their own masks (b, Y, X)."""
+    for span in plan_tiles(image.shape, SIDE):
+        inside = np.ones(len(cells), bool)
+        for axis, side in enumerate(span):
+            place = cells.centroids_px[:, axis]
+            inside &= (place >= side.start) & (place < side.stop)
+        here = cells.select(inside)
+        if not len(here):
+            continue
+        first, last = here.corners.min(0), here.corners.max(0) + crop_px
+        pixels, labels = (read(*map(slice, first, last)) for read in (image.pixels, image.labels))
+        for start in range(0, len(here), BLOCK):
+            block = here.select(np.arange(start, min(start + BLOCK, len(here))))
+            windows = [np.s_[y : y + crop_px, x : x + crop_px] for y, x in block.corners - first]
+            crops = np.stack([pixels[:, *w] for w in windows])
+            around = np.stack([labels[w] for w in windows])
+            own = around == block.labels[:, None, None]
+            if mask_neighbours:
+                crops *= (own | (around == 0))[:, None]
+            yield block, crops, own
 
 
 class IntensityRange:

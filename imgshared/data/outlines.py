@@ -16,10 +16,15 @@ FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # Pillow's
 BAR_UM = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 
 
+def stride_of(shape: tuple[int, int]) -> int:
+    """Return which every n-th pixel of a (Y, X) image a picture of it shows."""
+    return -(-max(shape) // SIDE_PX[1])
+
+
 def draw_outlines(
     path: Path,
-    chromatin: NDArray[Any],
-    mask: NDArray[np.int32],
+    grey: NDArray[Any],
+    labels: NDArray[np.integer[Any]],
     kept: NDArray[np.integer[Any]],
     *,
     title: str,
@@ -29,14 +34,14 @@ def draw_outlines(
 
     Parameters
     ----------
-    chromatin, mask
-        (Y, X) intensities and labels.
+    grey, labels
+        (y, x), every `stride_of`-th pixel of the image: intensities and labels.
     kept
         The labels that became crops; the others count as dropped.
+    pixel_size_um
+        Of this picture.
     """
-    zoom = -(-SIDE_PX[0] // max(mask.shape))
-    shrink = -(-max(mask.shape) // SIDE_PX[1])
-    grey, labels = chromatin[::shrink, ::shrink], mask[::shrink, ::shrink]
+    zoom = -(-SIDE_PX[0] // max(labels.shape))
     low, high = np.percentile(grey, (1, 99.7))
     grey = np.clip((grey.astype(np.float32) - low) / max(high - low, 1e-6), 0, 1) ** 0.7 * 255
     grey, labels = (a.repeat(zoom, 0).repeat(zoom, 1) for a in (grey.astype(np.uint8), labels))
@@ -46,11 +51,9 @@ def draw_outlines(
     edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
     edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     edge &= labels > 0
-    is_kept = np.zeros(int(mask.max(initial=0)) + 1, bool)
-    is_kept[kept] = True
     picture = np.repeat(grey[..., None], 3, axis=2)
-    picture[edge] = np.where(is_kept[labels[edge]][:, None], KEPT, DROPPED)
-    _annotate(picture, title, pixel_size_um, zoom / shrink).save(path, compress_level=1)
+    picture[edge] = np.where(np.isin(labels[edge], kept)[:, None], KEPT, DROPPED)
+    _annotate(picture, title, pixel_size_um, zoom).save(path, compress_level=1)
 
 
 def _annotate(picture: NDArray[np.uint8], title: str, pixel_size_um: float | None, zoom: float) -> Image.Image:

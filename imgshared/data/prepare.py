@@ -5,9 +5,10 @@ The first pass (`plan.py`) reads headers only; the second, here, reads, segments
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,24 +17,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import ndimage
 
-from imgshared.data.crops import (  # fmt: skip
-    Cells,
-    IntensityRange,
-    consecutive,
-    cut,
-    find_cells,
-    mean_raw,
-    resample,
-    resample_labels,
-)
+from imgshared.data.crops import Cells, IntensityRange, cut, find_cells, resample, resampled_labels
 from imgshared.data.manifest import CellTable, Manifest, read_cells, read_manifest
-from imgshared.data.outlines import draw_outlines
+from imgshared.data.outlines import draw_outlines, stride_of
 from imgshared.data.plan import Plan, Source, make_plan
-from imgshared.data.readers import read_mask
+from imgshared.data.scan import Labelled, ReadLabels, connected, labels_in, scan
 from imgshared.data.segment import SegmentSettings, length_px, segment_nuclei
 from imgshared.data.store import IMAGES, MASKS, StoreWriter, panel_table
+from imgshared.data.windows import Resampled, read_labels, windows
 from imgshared.types import InputError
 
 SCALED_IMAGES, SCALED_SHARE = 4, 0.9  # from so many images, so many of which share minimum and maximum
@@ -211,55 +203,72 @@ class _Tally:
         self.binary: list[str] = []
 
     def add(self, source: Source) -> None:
-        """Read one image and append its cells."""
-        image, mask, labels = self._pixels(source)
-        cells = find_cells(mask, labels, self.crop_px)
-        self.found += len(labels)
-        self.dropped.update(cells.dropped)
-        if len(labels) == 0:
-            self.empty.append(source.row.image)
-        if self.pictures is not None:
-            draw_outlines(
-                self.pictures / f"{source.row.image.replace('/', '_')}.png",
-                image[list(source.channels).index(self.plan.panel.chromatin_index)],
-                mask,
-                cells.numbers,
-                title=f"{source.row.image}: {len(cells)} kept, {sum(cells.dropped.values())} dropped",
-                pixel_size_um=self.plan.pixel_size_um,
-            )
-        if len(cells):
-            self._append(source, image, mask, cells)
+        """Read one image, tile by tile where it has a mask, and append its cells."""
+        with self._opened(source) as (image, labels):
+            stride = stride_of(image.shape)
+            found = scan(image, list(source.channels).index(self.plan.panel.chromatin_index), stride)
+            self.extremes.append(dict(zip(source.channels, found.extremes, strict=True)))
+            cells, dropped = find_cells(found, image.shape, self.crop_px, labels)
+            self.found += labels
+            self.dropped.update(dropped)
+            if not labels:
+                self.empty.append(source.row.image)
+            if self.pictures is not None:
+                size = self.plan.pixel_size_um
+                draw_outlines(
+                    self.pictures / f"{source.row.image.replace('/', '_')}.png", found.picture, found.outlined,
+                    cells.labels, title=f"{source.row.image}: {len(cells)} kept, {sum(dropped.values())} dropped",
+                    pixel_size_um=size * stride if size else None,
+                )  # fmt: skip
+            for block, crops, own in cut(image, cells, self.crop_px, mask_neighbours=self.mask_neighbours):
+                self._append(source, block, crops, own)
 
-    def _pixels(self, source: Source) -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int64]]:
-        """Return the image (its channels of the panel, Y, X), the consecutive mask, and what its labels are called."""
-        image = source.file.read(list(source.channels.values()))
-        self.extremes.append({c: (float(x.min()), float(x.max())) for c, x in zip(source.channels, image, strict=True)})
+    @contextlib.contextmanager
+    def _opened(self, source: Source) -> Iterator[tuple[Labelled, int]]:
+        """Yield what reads the image (its channels of the panel) and its labels on the store's grid; number of labels.
+
+        Without a mask the image is read whole, for its background and threshold are those of all of it.
+        """
+        names, given = list(source.channels.values()), (source.file.shape[1], source.file.shape[2])
         if source.row.mask is None:
-            image = image if image.shape[1:] == source.shape else resample(image, source.shape)
+            image = source.file.read(names)
+            image = image if given == source.shape else resample(image, source.shape)
             chromatin = image[list(source.channels).index(self.plan.panel.chromatin_index)]
             mask = segment_nuclei(chromatin, self.segment, self.plan.pixel_size_um)
-            return image, mask, np.arange(1, mask.max() + 1, dtype=np.int64)
-        mask, labels = consecutive(read_mask(source.row.mask))
-        if len(labels) == 1:  # a binary mask, or one cell
-            parts, count = ndimage.label(mask)
-            if count > 1:
-                self.binary.append(source.row.image)
-                mask, labels = parts.astype(np.int32), np.arange(1, count + 1, dtype=np.int64)
-        if image.shape[1:] != source.shape:
-            image, mask = resample(image, source.shape), resample_labels(mask, source.shape)
-        return image, mask, labels
+            yield Labelled(lambda *at: image[:, *at], lambda *at: mask[at], source.shape), int(mask.max())
+            return
+        with windows(source.file, names) as pixels, read_labels(source.row.mask) as read:
+            try:
+                labels, count = self._numbered(source, read, given)
+            except InputError as error:
+                raise InputError(f"{source.row.mask}: {error}") from error
+            if given == source.shape:
+                yield Labelled(pixels, labels, given), count
+            else:
+                grid = resampled_labels(labels, given, source.shape)
+                yield Labelled(Resampled(pixels, given, source.shape), grid, source.shape), count
 
-    def _append(self, source: Source, image: NDArray[Any], mask: NDArray[np.int32], cells: Cells) -> None:
+    def _numbered(self, source: Source, read: ReadLabels, shape: tuple[int, int]) -> tuple[ReadLabels, int]:
+        """Return what reads the labels, and how many there are; those of a binary mask are its connected parts."""
+        count = len(labels_in(read, shape))
+        if count != 1:
+            return read, count
+        parts, count = connected(read, shape)
+        if count == 1:
+            return read, 1
+        self.binary.append(source.row.image)
+        return (lambda *at: parts[at]), count
+
+    def _append(self, source: Source, cells: Cells, crops: NDArray[Any], own: NDArray[np.bool_]) -> None:
         channels = list(source.channels)
-        for block, crops, own in cut(image, mask, cells, self.crop_px, mask_neighbours=self.mask_neighbours):
-            whole = np.zeros((len(crops), len(self.plan.panel), *crops.shape[2:]), self.plan.dtype)
-            whole[:, channels] = crops
-            self.writer.append(**{IMAGES: whole, MASKS: own})
-            for i, channel in enumerate(channels):
-                self.ranges.add(channel, crops[:, i])
-            self.overflowing += int((own.sum(axis=(1, 2)) < cells.area_px[block]).sum())
+        whole = np.zeros((len(crops), len(self.plan.panel), *crops.shape[2:]), self.plan.dtype)
+        whole[:, channels] = crops
+        self.writer.append(**{IMAGES: whole, MASKS: own})
+        for i, channel in enumerate(channels):
+            self.ranges.add(channel, crops[:, i])
+        self.overflowing += int((own.sum(axis=(1, 2)) < cells.area_px).sum())
         x = np.full((len(cells), len(self.plan.panel)), np.nan, np.float32)
-        x[:, channels] = mean_raw(image, mask, cells)
+        x[:, channels] = cells.means
         self.x.append(x)
         self.obs.append(self._table(source, cells))
 

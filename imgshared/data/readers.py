@@ -73,20 +73,28 @@ class ImageFile:
             pixels = np.stack([read_planes(self.files[i], [0])[0] for i in indices])
         else:
             pixels = read_planes(self.path, indices)
-        if self.dtype.kind == "f":
-            for name, plane in zip(names, pixels, strict=True):
-                self._check_float(name, plane)
-        return pixels
+        return self.checked(names, pixels)
 
-    def _check_float(self, name: str, plane: NDArray[Any]) -> None:
-        bad = int(np.count_nonzero(~np.isfinite(plane)))
-        if bad:
-            raise InputError(f"{self.path}: channel {name!r} holds {bad} NaN or infinite pixels: repair or leave out")
-        if plane.min() < 0:
-            raise InputError(
-                f"{self.path}: channel {name!r} holds negative pixels (least {plane.min():g}): "
-                "intensities must be raw, or shifted to start at 0"
-            )
+    def checked(self, names: Sequence[str], pixels: NDArray[Any]) -> NDArray[Any]:
+        """Return (C, y, x) pixels of some channels, refusing floats that are no intensities.
+
+        Raises
+        ------
+        InputError
+            Where float pixels are NaN, infinite or negative; the channel is named.
+        """
+        for name, plane in zip(names, pixels, strict=True) if pixels.dtype.kind == "f" else ():
+            bad = int(np.count_nonzero(~np.isfinite(plane)))
+            if bad:
+                raise InputError(
+                    f"{self.path}: channel {name!r} holds {bad} NaN or infinite pixels: repair or leave out"
+                )
+            if plane.min() < 0:
+                raise InputError(
+                    f"{self.path}: channel {name!r} holds negative pixels (least {plane.min():g}): "
+                    "intensities must be raw, or shifted to start at 0"
+                )
+        return pixels
 
 
 def open_image(path: Path, *, names: Sequence[str] = (), pattern: str | None = None) -> ImageFile:

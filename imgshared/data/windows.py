@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import numpy as np
 import tifffile
 import zarr
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from imgshared.data.ngff import is_ngff, open_ngff
-from imgshared.data.readers import PILLOW_SUFFIXES, TIFF_SUFFIXES, ImageFile, native, open_tiff, read_planes
+from imgshared.data.readers import PILLOW_SUFFIXES, TIFF_SUFFIXES, ImageFile, native, open_mask, open_tiff, read_planes
 from imgshared.data.store import is_store
 from imgshared.types import InputError
 
 Read = Callable[[slice, slice], NDArray[Any]]
+Span = tuple[slice, slice]
 
 
 def is_slide(path: Path) -> bool:
@@ -47,7 +50,7 @@ def windows(image: ImageFile, channels: Sequence[str], level: int = 0) -> Iterat
     Raises
     ------
     InputError
-        Where the file is damaged; a window that cannot be read is named.
+        Where the file is damaged, a window that cannot be read is named; where float pixels are no intensities.
     """
     places = [image.channels.index(name) for name in channels]
     with contextlib.ExitStack() as stack:
@@ -58,10 +61,11 @@ def windows(image: ImageFile, channels: Sequence[str], level: int = 0) -> Iterat
 
         def read(rows: slice, columns: slice) -> NDArray[Any]:
             try:
-                return native(np.concatenate([part(rows, columns) for part in parts]))
+                pixels = native(np.concatenate([part(rows, columns) for part in parts]))
             except Exception as error:  # whatever a codec raises
                 where = f"rows {rows.start} to {rows.stop}, columns {columns.start} to {columns.stop}"
                 raise InputError(f"{image.path} is damaged at {where} ({error}): copy it again") from error
+            return image.checked(channels, pixels)
 
         problem: BaseException | None = None
         try:
@@ -70,6 +74,14 @@ def windows(image: ImageFile, channels: Sequence[str], level: int = 0) -> Iterat
             problem = error
     if problem is not None:
         raise problem
+
+
+@contextlib.contextmanager
+def read_labels(path: Path) -> Iterator[Callable[[slice, slice], NDArray[np.integer[Any]]]]:
+    """Open a label mask, and yield what reads a window of it, (Y, X) integers, 0 = background."""
+    mask = replace(open_mask(path), channels=("label",))
+    with windows(mask, mask.channels) as read:
+        yield lambda rows, columns: _as_numbers(read(rows, columns)[0])
 
 
 @contextlib.contextmanager
@@ -97,6 +109,10 @@ def _array(path: Path, tiff: tifffile.TiffFile, level: int) -> Any:
     return zarr.open_array(tiff.aszarr(series=0, level=level), mode="r")
 
 
+def _as_numbers(labels: NDArray[Any]) -> NDArray[np.integer[Any]]:
+    return labels.astype(np.uint8) if labels.dtype.kind == "b" else labels
+
+
 def _cut(array: Any, axes: str, channel: int, rows: slice, columns: slice) -> NDArray[Any]:
     at = {"y": rows, "x": columns}
     stack = next((a for a, n in zip(axes, array.shape, strict=True) if a not in "yx" and n > 1), "")
@@ -106,3 +122,57 @@ def _cut(array: Any, axes: str, channel: int, rows: slice, columns: slice) -> ND
 def _plane(shape: Sequence[int], axes: str) -> tuple[int, int]:
     sizes = dict(zip(axes, shape, strict=True))
     return sizes["y"], sizes["x"]
+
+
+def plan_tiles(shape: tuple[int, int], side: int) -> list[Span]:
+    """Cut (Y, X) into tiles of `side` px, row by row."""
+    height, width = shape
+    return [
+        (slice(y, min(y + side, height)), slice(x, min(x + side, width)))
+        for y in range(0, height, side)
+        for x in range(0, width, side)
+    ]
+
+
+def within(part: slice, whole: slice) -> slice:
+    """A slice counted from the start of another."""
+    return slice(part.start - whole.start, part.stop - whole.start)
+
+
+class Resampled:
+    """Windows of a grid of another pixel size.
+
+    Linear between pixels, smoothed before it shrinks, as `skimage.transform.resize` does for the whole image: every
+    window is the same part of that.
+
+    Parameters
+    ----------
+    read
+        Reads windows of an image of shape `given`, (Y, X).
+    given, wanted
+        Shapes of the image and of the grid.
+    """
+
+    def __init__(self, read: Read, given: tuple[int, int], wanted: tuple[int, int]) -> None:
+        self.read, self.given = read, given
+        self.steps = tuple(g / w for g, w in zip(given, wanted, strict=True))
+        self.sigmas = tuple(max(0.0, (step - 1) / 2) for step in self.steps)
+
+    def __call__(self, rows: slice, columns: slice) -> NDArray[Any]:
+        """Return (n, Y, X) in the image's dtype; integers are rounded."""
+        at, parts = [], []
+        for here, step, sigma, side in zip((rows, columns), self.steps, self.sigmas, self.given, strict=True):
+            place = (np.arange(here.start, here.stop) + 0.5) * step - 0.5
+            margin = int(4 * sigma + 0.5) + 2
+            part = slice(max(0, int(place[0]) - margin), min(side, int(place[-1]) + margin + 1))
+            at.append(np.clip(place, 0, side - 1) - part.start)
+            parts.append(part)
+        pixels = self.read(*parts)
+        grid = np.meshgrid(*at, indexing="ij")
+        out = [ndimage.map_coordinates(self._smooth(plane), grid, order=1, mode="nearest") for plane in pixels]
+        whole = np.stack(out)
+        return whole if pixels.dtype.kind == "f" else np.rint(whole).astype(pixels.dtype)
+
+    def _smooth(self, plane: NDArray[Any]) -> NDArray[np.float32]:
+        plane = plane.astype(np.float32)
+        return np.asarray(ndimage.gaussian_filter(plane, self.sigmas, mode="nearest") if any(self.sigmas) else plane)

@@ -7,25 +7,21 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from imgshared.data.ngff import open_ngff
 from imgshared.data.readers import ImageFile, open_mask
+from imgshared.data.scan import SIDE, label_sums
 from imgshared.data.store import put_in_place
-from imgshared.data.windows import windows
+from imgshared.data.windows import plan_tiles, read_labels
 from imgshared.prediction.trust import Trust
 from imgshared.slides.source import Slide
-from imgshared.slides.tiles import Span, plan_tiles
 from imgshared.types import InputError
-
-SIDE = 2048  # px of the slide that are measured at a time
 
 
 def open_labels(slide: Slide, path: Path) -> ImageFile:
@@ -41,7 +37,7 @@ def open_labels(slide: Slide, path: Path) -> ImageFile:
         theirs, ours = (f"{y} x {x}" for y, x in (mask.shape[1:], slide.shape))
         level = f"level {slide.level} of {slide.path}" + (", resampled," if slide.shape != slide.level_shape else "")
         raise InputError(f"mask {path} is {theirs} pixels, but what is predicted, {level} is {ours}")
-    return replace(mask, channels=("label",))
+    return mask
 
 
 def measure_cells(
@@ -115,21 +111,12 @@ def _sums(
     predicted = open_ngff(image)
     places = [predicted.channels.index(name) for name in imputed]
     parts, tiles = list[pd.DataFrame](), plan_tiles(slide.shape, SIDE)
-    with windows(labels, labels.channels) as label_of, slide.reader(slide.image.channels) as measured:
+    with read_labels(labels.path) as label_of, slide.reader(slide.image.channels) as measured:
         for done, tile in enumerate(tiles, 1):
-            mask = label_of(*tile)[0]
+            mask = label_of(*tile)
             if mask.any():
                 planes = itertools.chain(measured(*tile), predicted.read(places, *tile))
-                parts.append(_sums_of(tile, mask, planes))
+                parts.append(label_sums(tile, mask, planes))
             if progress:
                 progress(done, len(tiles))
     return pd.concat(parts).groupby(level=0).sum() if parts else pd.DataFrame()
-
-
-def _sums_of(tile: Span, mask: NDArray[Any], planes: Any) -> pd.DataFrame:
-    y, x = mask.nonzero()
-    values, place = np.unique(mask[y, x], return_inverse=True)
-    columns = {"area": None, "x": x + tile[1].start, "y": y + tile[0].start}
-    columns |= {f"sum_{k}": plane[y, x] for k, plane in enumerate(planes)}
-    sums = {name: np.bincount(place, weights=of, minlength=len(values)) for name, of in columns.items()}
-    return pd.DataFrame(sums, index=pd.Index(values.astype(np.int64), name="label"))

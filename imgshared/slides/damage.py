@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imgshared.data.windows import Read
-from imgshared.slides.tiles import Span, within
+from imgshared.data.windows import Read, Span, within
 from imgshared.types import InputError
 
 BLOCK = 256  # px, the least that is left out

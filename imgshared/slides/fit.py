@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from imgshared.data.crops import IntensityRange
+from imgshared.data.windows import plan_tiles
 from imgshared.prediction.run import Run
 from imgshared.slides.source import Slide
-from imgshared.slides.tiles import plan_tiles
 from imgshared.slides.tissue import Tissue
 from imgshared.types import InputError
 

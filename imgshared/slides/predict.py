@@ -15,14 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imgshared.config import SlideConfig
-from imgshared.data.windows import Read
+from imgshared.data.windows import Read, Span, plan_tiles, within
 from imgshared.prediction.run import Run
 from imgshared.slides.cells import measure_cells, open_labels
 from imgshared.slides.damage import Damage
 from imgshared.slides.job import IMPUTED, Job, settle, usual_trust
 from imgshared.slides.pyramid import PyramidWriter, begun, discard, partial_of
 from imgshared.slides.tiff import write_ome_tiff
-from imgshared.slides.tiles import Span, plan_tiles, within
 from imgshared.types import InputError
 
 Progress = Callable[[str, int, int], None]

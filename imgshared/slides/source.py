@@ -6,16 +6,11 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-from scipy import ndimage
 
 from imgshared.config import SlideConfig
 from imgshared.data.panel import nearest
 from imgshared.data.readers import ImageFile, open_image
-from imgshared.data.windows import Read, level_shapes, windows
+from imgshared.data.windows import Read, Resampled, level_shapes, windows
 from imgshared.prediction.run import Run
 from imgshared.types import InputError
 
@@ -59,45 +54,6 @@ class Slide:
         """Open the file, and yield what reads windows of the grid, (n, Y, X), of channels by their names in it."""
         with windows(self.image, names, self.level) as read:
             yield read if self.shape == self.level_shape else Resampled(read, self.level_shape, self.shape)
-
-
-class Resampled:
-    """Windows of a grid of another pixel size.
-
-    Linear between pixels, smoothed before it shrinks, as `skimage.transform.resize` does for the whole image: every
-    window is the same part of that.
-
-    Parameters
-    ----------
-    read
-        Reads windows of an image of shape `given`, (Y, X).
-    given, wanted
-        Shapes of the image and of the grid.
-    """
-
-    def __init__(self, read: Read, given: tuple[int, int], wanted: tuple[int, int]) -> None:
-        self.read, self.given = read, given
-        self.steps = tuple(g / w for g, w in zip(given, wanted, strict=True))
-        self.sigmas = tuple(max(0.0, (step - 1) / 2) for step in self.steps)
-
-    def __call__(self, rows: slice, columns: slice) -> NDArray[Any]:
-        """Return (n, Y, X) in the image's dtype; integers are rounded."""
-        at, parts = [], []
-        for here, step, sigma, side in zip((rows, columns), self.steps, self.sigmas, self.given, strict=True):
-            place = (np.arange(here.start, here.stop) + 0.5) * step - 0.5
-            margin = int(4 * sigma + 0.5) + 2
-            part = slice(max(0, int(place[0]) - margin), min(side, int(place[-1]) + margin + 1))
-            at.append(np.clip(place, 0, side - 1) - part.start)
-            parts.append(part)
-        pixels = self.read(*parts)
-        grid = np.meshgrid(*at, indexing="ij")
-        out = [ndimage.map_coordinates(self._smooth(plane), grid, order=1, mode="nearest") for plane in pixels]
-        whole = np.stack(out)
-        return whole if pixels.dtype.kind == "f" else np.rint(whole).astype(pixels.dtype)
-
-    def _smooth(self, plane: NDArray[Any]) -> NDArray[np.float32]:
-        plane = plane.astype(np.float32)
-        return np.asarray(ndimage.gaussian_filter(plane, self.sigmas, mode="nearest") if any(self.sigmas) else plane)
 
 
 def open_slide(run: Run, path: Path, config: SlideConfig) -> Slide:

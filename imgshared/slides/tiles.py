@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from imgshared.data.windows import Span, within
 from imgshared.methods.base import Method
 
 STEP = 16  # px, the least step at which tiles begin
@@ -26,18 +27,7 @@ CHANGE = 10.0  # by how much, normalised units: what is far off must not be lost
 WINDOW, OVERLAP = 512, 128  # px, of blended windows
 
 Floats = NDArray[np.float32]
-Span = tuple[slice, slice]
 Draw = Callable[[NDArray[Any]], Floats]  # raw (C, Y, X) to raw (T, Y, X)
-
-
-def plan_tiles(shape: tuple[int, int], side: int) -> list[Span]:
-    """Cut (Y, X) into tiles of `side` px, row by row."""
-    height, width = shape
-    return [
-        (slice(y, min(y + side, height)), slice(x, min(x + side, width)))
-        for y in range(0, height, side)
-        for x in range(0, width, side)
-    ]
 
 
 def step_of(method: Method) -> int:
@@ -167,8 +157,3 @@ class Blended:
         rise = np.where(span.start > 0, place - span.start, self.overlap)
         fall = np.where(span.stop < side, span.stop - place, self.overlap)
         return np.asarray(np.minimum(np.minimum(rise, fall), self.overlap) / self.overlap, np.float32)
-
-
-def within(part: slice, whole: slice) -> slice:
-    """A slice counted from the start of another."""
-    return slice(part.start - whole.start, part.stop - whole.start)

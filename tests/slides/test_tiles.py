@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from imgshared.config import CutConfig, LinearConfig, Pix2pixConfig, RegressionConfig, TranslatorConfig
+from imgshared.data.windows import plan_tiles
 from imgshared.prediction.images import draw_image
-from imgshared.slides.tiles import Blended, Exact, plan_tiles, reach, step_of
+from imgshared.slides.tiles import Blended, Exact, reach, step_of
 
 METHODS = (
     TranslatorConfig(channels=(8, 12), marker_dim=4),
