@@ -1,4 +1,4 @@
-"""How fast apollo trains at its published sizes, translator beside it, and what data loading costs.
+"""How fast methods train, what of the device's rate of multiplying they reach, and what data loading costs.
 
     python scripts/benchmark_training.py [--steps 5] [--record benchmarks/training.json]
 
@@ -7,22 +7,29 @@ One run measures, in turn and repeatedly, plain float32 in the default memory fo
 decoders, batch 64, one protein a cell. Beside them, in the same rounds, `configs/translator.yaml` (but for the batch):
 as it stands, where 4 of the 64 cells meet the discriminator, in float32, with each of its costlier terms, with all
 cells translated, and predicting. Then it trains from a store of random crops and measures how long a step waits for its
-batch, with the crops in memory and streamed from disk; and how the time of the free latents' step depends on the number
-of cells. Figures are medians; read the ratios.
+batch, with the crops in memory and streamed from disk. Last, every method by its own configuration, 64-pixel crops,
+each in a process of its own: cells/s, floating-point operations a second beside the rate of a large matrix product in
+the same precision, the share of a step that waits for crops streamed from disk, and the greatest memory. How a step
+depends on the number of cells is benchmark_scale.py's question. Figures are medians; read the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from common import ROOT, markdown, record
+from torch.utils.flop_counter import FlopCounterMode
 
 from imgshared.build import build_method
 from imgshared.config import Experiment, load
@@ -31,33 +38,45 @@ from imgshared.data.normalise import Normaliser
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore, StoreWriter, panel_table
 from imgshared.methods.base import Method
-from imgshared.models.latents import LatentTable
 from imgshared.training.devices import has_bf16
 from imgshared.types import Batch
 
 CROP, BATCH = 128, 64
+METHODS = ("apollo", "translator", "regression", "pix2pix", "cut", "fastcut", "cyclegan", "mvae", "linear")
+SMALL = 64  # px, of the crops on which every method is timed
+SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is the device's rate
+NORMALISER = Normaliser("linear", 5.0, (0.0, 0.0), (4000.0, 4000.0))
 PLAIN = "apollo, float32, contiguous"
 TRANSLATOR, PREDICTS = "translator", "translator predicts one stain"
 
 
 class Bench:
-    """A method, its optimisers and a batch, in one precision and memory format."""
+    """A method, its optimisers and a batch of crops, in one precision and memory format, for so many training cells."""
 
-    def __init__(self, device: torch.device, config: str, *overrides: str, channels_last: bool, bf16: bool) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        config: str,
+        *overrides: str,
+        channels_last: bool,
+        bf16: bool,
+        crop: int = CROP,
+        cells: int = 1024,
+    ) -> None:
         settings = load(Experiment, ROOT / "configs" / f"{config}.yaml", overrides).method
         torch.manual_seed(0)
         self.device, self.bf16 = device, bf16
         self.format = torch.channels_last if channels_last else torch.contiguous_format
-        method = build_method(settings, Panel(("DNA", "P"), "DNA"), CROP)
-        method.prepare(torch.ones(1024, 2, dtype=torch.bool), seed=0)
+        method = build_method(settings, Panel(("DNA", "P"), "DNA"), crop)
+        method.prepare(torch.ones(cells, 2, dtype=torch.bool), seed=0)
         self.method: Method = method.to(device, memory_format=self.format)
         self.stage = self.method.stages[0]
         self.method.start(self.stage)
         self.optimizers = {
-            player: torch.optim.Adam([{"params": list(g.parameters), "lr": g.lr} for g in groups])
+            player: torch.optim.Adam([{"params": list(g.parameters), "lr": g.lr} for g in groups]) if groups else None
             for player, groups in self.stage.groups.items()
         }
-        images = torch.rand(BATCH, 2, CROP, CROP, device=device).contiguous(memory_format=self.format)
+        images = torch.rand(BATCH, 2, crop, crop, device=device).contiguous(memory_format=self.format)
         self.batch = Batch(
             torch.arange(BATCH, device=device), images, torch.ones(BATCH, 2, dtype=torch.bool, device=device)
         )
@@ -69,9 +88,10 @@ class Bench:
             self.method.turn(player)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 terms = self.method.loss(batch or self.batch, player)
-            optimizer.zero_grad(set_to_none=True)
-            terms.total.backward()
-            optimizer.step()
+            if optimizer is not None:
+                optimizer.zero_grad(set_to_none=True)
+                terms.total.backward()
+                optimizer.step()
         for table, lr in self.stage.tables:
             table.step(lr)
         return self._since(began)
@@ -106,20 +126,11 @@ def main() -> None:
     print(markdown(rows))
     loading = measure_loading(used, device, a.steps)
     print("\n" + markdown(loading))
-    latents = measure_latents(device)
-    print("\n" + markdown(latents))
+    methods = [apart(every_step, name, str(device), a.steps) for name in METHODS]
+    print("\n" + markdown(methods))
     if a.record:
-        record(
-            a.record,
-            {
-                "speed": rows,
-                "loading": loading,
-                "latents": latents,
-                "crop_px": CROP,
-                "batch": BATCH,
-                "device": str(device),
-            },
-        )
+        sizes = {"crop_px": CROP, "methods_crop_px": SMALL, "batch": BATCH, "device": str(device)}
+        record(a.record, {"speed": rows, "loading": loading, "methods": methods, **sizes})
 
 
 def compare(device: torch.device, steps: int) -> tuple[list[dict[str, object]], Bench]:
@@ -160,18 +171,17 @@ def measure_loading(bench: Bench, device: torch.device, steps: int) -> list[dict
     """Return the share of a step that waits for its batch."""
     with tempfile.TemporaryDirectory() as folder:
         store = random_store(Path(folder) / "cells.zarr", 16 * BATCH)
-        normaliser = Normaliser("linear", 5.0, (0.0, 0.0), (4000.0, 4000.0))
         residencies: list[Residency] = ["memory", "stream"] + (["device"] if device.type == "cuda" else [])
         return [
             {
                 "crops": r,
-                **_share(bench, Feed(store, np.arange(len(store)), [0, 1], normaliser, device, r, BATCH), steps),
+                **_share(bench, Feed(store, np.arange(len(store)), [0, 1], NORMALISER, device, r, BATCH), steps),
             }
             for r in residencies
         ]
 
 
-def _share(bench: Bench, feed: Feed, steps: int) -> dict[str, object]:
+def _share(bench: Bench, feed: Feed, steps: int) -> dict[str, Any]:
     waits, works = [], []
     batches = feed.epoch(0)
     for _ in range(min(steps + 1, feed.steps)):
@@ -184,30 +194,62 @@ def _share(bench: Bench, feed: Feed, steps: int) -> dict[str, object]:
     return {"wait (ms)": 1000 * wait, "step (ms)": 1000 * work, "share (%)": 100 * wait / (wait + work)}
 
 
-def measure_latents(device: torch.device, dim: int = 128, steps: int = 50) -> list[dict[str, object]]:
-    """Return the time of drawing and updating a batch of rows, by the number of cells."""
-    out = []
-    for cells in (10_000, 100_000, 1_000_000):
-        table = LatentTable(cells, dim, std=0.1, seed=0)
-        seconds = []
-        for _ in range(steps):
-            rows = torch.randperm(cells)[:BATCH].to(device)
-            began = time.perf_counter()
-            table.draw(rows).square().sum().backward()
-            table.step(0.1)
-            seconds.append(time.perf_counter() - began)
-        out.append({"cells": f"{cells:,}", "latent step (ms)": 1000 * float(np.median(seconds))})
-    return out
+def apart(job: Callable[..., dict[str, Any]], *words: Any) -> dict[str, Any]:
+    """Run a job in a process of its own, whose memory is its alone."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(job, *words).result()
 
 
-def random_store(path: Path, cells: int) -> CellStore:
+def every_step(name: str, device_name: str, steps: int) -> dict[str, Any]:
+    """Time a method's steps on crops that are streamed from disk."""
+    device = torch.device(device_name)
+    half = has_bf16(device.type)
+    bench = Bench(device, name, channels_last=True, bf16=half, crop=SMALL)
+    bench.step()  # warm up
+    with FlopCounterMode(display=False) as counter:
+        bench.step()
+    with tempfile.TemporaryDirectory() as folder:
+        store = random_store(Path(folder) / "cells.zarr", 16 * BATCH, SMALL)
+        feed = Feed(store, np.arange(len(store)), [0, 1], NORMALISER, device, "stream", BATCH)
+        share = _share(bench, feed, steps)
+    seconds = (share["step (ms)"] + share["wait (ms)"]) / 1000
+    rate, peak = counter.get_total_flops() / seconds / 1e9, matmul_rate(device, half) / 1e9
+    return {
+        "method": name, "cells/s": BATCH / seconds, "GFLOP/s": rate, "of the matmul rate (%)": 100 * rate / peak,
+        "waits for crops (%)": share["share (%)"], "greatest memory (GB)": greatest_memory(device),
+    }  # fmt: skip
+
+
+def matmul_rate(device: torch.device, half: bool) -> float:
+    """Floating-point operations a second of a large matrix product; the best of ten."""
+    side = SIDE[device.type]
+    a = torch.rand(side, side, device=device, dtype=torch.bfloat16 if half else torch.float32)
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds)
+
+
+def greatest_memory(device: torch.device) -> float:
+    """GB that this process has held at most: on the GPU, or resident in host memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmHWM"))
+
+
+def random_store(path: Path, cells: int, crop: int = CROP) -> CellStore:
     """Write a store of noise; what compresses least loads slowest."""
     rng = np.random.default_rng(0)
     panel = Panel(("DNA", "P"), "DNA")
     writer = StoreWriter(path)
     for _ in range(cells // BATCH):
-        crops = rng.integers(0, 4000, (BATCH, 2, CROP, CROP), dtype=np.uint16)
-        writer.append(single_cell_images=crops, cell_masks=np.ones((BATCH, CROP, CROP), np.uint8))
+        crops = rng.integers(0, 4000, (BATCH, 2, crop, crop), dtype=np.uint16)
+        writer.append(single_cell_images=crops, cell_masks=np.ones((BATCH, crop, crop), np.uint8))
     obs = pd.DataFrame({"group": pd.Categorical(["g"] * cells)}, index=[str(i) for i in range(cells)])
     writer.finish(
         obs,
@@ -215,7 +257,7 @@ def random_store(path: Path, cells: int) -> CellStore:
         np.zeros((cells, 2)),
         layers={"measured": np.ones((cells, 2), bool)},
         obsm={"spatial": np.zeros((cells, 2))},
-        info={"kind": "cells", "crop_px": CROP, "pixel_size_um": None},
+        info={"kind": "cells", "crop_px": crop, "pixel_size_um": None},
     )
     return CellStore(path)
 
