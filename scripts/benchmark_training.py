@@ -62,6 +62,7 @@ class Bench:
         bf16: bool,
         crop: int = CROP,
         cells: int = 1024,
+        compiled: bool = False,
     ) -> None:
         settings = load(Experiment, ROOT / "configs" / f"{config}.yaml", overrides).method
         torch.manual_seed(0)
@@ -70,6 +71,9 @@ class Bench:
         method = build_method(settings, Panel(("DNA", "P"), "DNA"), crop)
         method.prepare(torch.ones(cells, 2, dtype=torch.bool), seed=0)
         self.method: Method = method.to(device, memory_format=self.format)
+        if compiled:
+            for network in self.method.children():
+                network.compile(mode="reduce-overhead" if device.type == "cuda" else None)  # with CUDA graphs
         self.stage = self.method.stages[0]
         self.method.start(self.stage)
         self.optimizers = {
@@ -119,9 +123,18 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument(
+        "--compile", action="store_true", help="only: what torch.compile gains, with CUDA graphs on a GPU"
+    )
     parser.add_argument("--record", type=Path, default=None, help="JSON to write")
     a = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if a.compile:
+        gains = compare_compiled(device, a.steps)
+        print(markdown(gains))
+        if a.record:
+            record(a.record, {"compiled": gains, "crop_px": CROP, "batch": BATCH, "device": str(device)})
+        return
     rows, used = compare(device, a.steps)
     print(markdown(rows))
     loading = measure_loading(used, device, a.steps)
@@ -165,6 +178,23 @@ def compare(device: torch.device, steps: int) -> tuple[list[dict[str, object]], 
         for name, s in median.items()
     ]  # fmt: skip
     return rows, variants[f"apollo, {named}"]
+
+
+def compare_compiled(device: torch.device, steps: int) -> list[dict[str, object]]:
+    """Time steps with networks as they are and compiled, in turn."""
+    rows = []
+    for name in ("apollo_published", "translator"):
+        pair = [
+            Bench(device, name, channels_last=True, bf16=has_bf16(device.type), compiled=compiled)
+            for compiled in (False, True)
+        ]
+        pair[0].step()
+        first = sum(pair[1].step() for _ in range(3))  # later batches may ask for other sizes
+        seconds = np.array([[bench.step() for bench in pair] for _ in range(steps)])
+        plain, compiled = np.median(seconds, 0)
+        rows.append({"config": name, "plain (s)": float(plain), "compiled (s)": float(compiled),
+                     "ratio": float(plain / compiled), "first three steps (s)": first})  # fmt: skip
+    return rows
 
 
 def measure_loading(bench: Bench, device: torch.device, steps: int) -> list[dict[str, object]]:
