@@ -1,6 +1,6 @@
 """How fast methods train, what of the device's rate of multiplying they reach, and what data loading costs.
 
-    python scripts/benchmark_training.py [--steps 5] [--record benchmarks/training.json]
+    python scripts/benchmark_training.py [--steps 5] [--parts speed methods compiled] [--record benchmarks]
 
 One run measures, in turn and repeatedly, plain float32 in the default memory format against what `train` uses
 (channels_last, and bf16 where the hardware has it): 128-pixel crops, stage 1 of `configs/apollo_published.yaml`, four
@@ -10,7 +10,8 @@ cells translated, and predicting. Then it trains from a store of random crops an
 batch, with the crops in memory and streamed from disk. Last, every method by its own configuration, 64-pixel crops,
 each in a process of its own: cells/s, floating-point operations a second beside the rate of a large matrix product in
 the same precision, the share of a step that waits for crops streamed from disk, and the greatest memory. How a step
-depends on the number of cells is benchmark_scale.py's question. Figures are medians; read the ratios.
+depends on the number of cells is benchmark_scale.py's question. `compiled` asks what torch.compile gains, with CUDA
+graphs on a GPU. Figures are medians; read the ratios.
 """
 
 from __future__ import annotations
@@ -123,27 +124,25 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=("speed", "methods", "compiled"), default=("speed", "methods"))
     parser.add_argument(
-        "--compile", action="store_true", help="only: what torch.compile gains, with CUDA graphs on a GPU"
+        "--record", type=Path, default=None, help="folder for training.json, training_methods.json, ..."
     )
-    parser.add_argument("--record", type=Path, default=None, help="JSON to write")
     a = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if a.compile:
-        gains = compare_compiled(device, a.steps)
-        print(markdown(gains))
+    for part in a.parts:
+        name, found = "training" if part == "speed" else f"training_{part}", dict[str, Any]()
+        if part == "speed":
+            found["speed"], used = compare(device, a.steps)
+            found["loading"] = measure_loading(used, device, a.steps)
+        elif part == "methods":
+            found["methods"] = [apart(every_step, method, str(device), a.steps) for method in METHODS]
+        else:
+            found["compiled"] = compare_compiled(device, a.steps)
+        print("\n\n".join(markdown(rows) for rows in found.values()), "\n")
         if a.record:
-            record(a.record, {"compiled": gains, "crop_px": CROP, "batch": BATCH, "device": str(device)})
-        return
-    rows, used = compare(device, a.steps)
-    print(markdown(rows))
-    loading = measure_loading(used, device, a.steps)
-    print("\n" + markdown(loading))
-    methods = [apart(every_step, name, str(device), a.steps) for name in METHODS]
-    print("\n" + markdown(methods))
-    if a.record:
-        sizes = {"crop_px": CROP, "methods_crop_px": SMALL, "batch": BATCH, "device": str(device)}
-        record(a.record, {"speed": rows, "loading": loading, "methods": methods, **sizes})
+            crop = SMALL if part == "methods" else CROP
+            record(a.record / f"{name}.json", {**found, "crop_px": crop, "batch": BATCH, "device": str(device)})
 
 
 def compare(device: torch.device, steps: int) -> tuple[list[dict[str, object]], Bench]:
