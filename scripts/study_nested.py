@@ -3,7 +3,7 @@
     python scripts/study_nested.py DATA OUT [--parts bbbc013 imc_spleen]
 
 DATA holds bbbc013/ and imc_spleen/. translator by its mean. bbbc013: 4 folds of wells, dose; imc_spleen: its 4 regions
-one by one, white pulp against red pulp, at most 4,000 cells of each part. Reports are in OUT/<part>/run/evaluation;
+one by one, white pulp against red pulp, at most 1,000 cells of each part. Reports are in OUT/<part>/run/evaluation;
 finished folds are not trained again.
 """
 
@@ -31,7 +31,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "imc_spleen": {
         "settings": ("split.test=0.25", "split.val=0.25", "method.epochs=3", "normalise.transform=arcsinh",
                      "normalise.cofactor=1", "normalise.low=0"),
-        "labels": {"labels": ["region"], "label_values": ["white_pulp", "red_pulp"], "folds": 4, "max_cells": 4000},
+        "labels": {"labels": ["region"], "label_values": ["white_pulp", "red_pulp"], "folds": 4, "max_cells": 1000},
     },
 }  # fmt: skip
 
@@ -68,7 +68,8 @@ def one(a: argparse.Namespace, part: str) -> dict[str, Any]:
     more = {
         name: found.metrics[name] for name in ("controls", "imputability", "coverage", "leaks", "cautions", "splits")
     }
-    return {"labels": labels, "words": list(found.labels["words"]), **more}
+    settings = {"training": [*wish["settings"], *MEAN], "evaluation": wish["labels"]}
+    return {"settings": settings, "labels": labels, "words": list(found.labels["words"]), **more}
 
 
 if __name__ == "__main__":

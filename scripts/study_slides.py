@@ -27,7 +27,8 @@ from rich.console import Console
 import imgshared
 from imgshared.config import Experiment, load
 from imgshared.data.ngff import Field, open_ngff, plate_fields
-from imgshared.data.readers import open_image, read_mask
+from imgshared.data.readers import open_image
+from imgshared.data.windows import read_labels
 from imgshared.prediction import load_run, predict_image
 from imgshared.prediction.run import Run
 from imgshared.slides.plate import write_plate_metadata
@@ -95,7 +96,9 @@ def regions(run: Run, data: Path, out: Path) -> list[dict[str, Any]]:
         done, mask = out / f"{name}.ome.zarr", data / f"{name}_cells.tif"
         wish = {"dtype": "float32", "tile": TILE, "cells": str(mask), "pixel_size_um": run.contract.pixel_size_um}
         imgshared.predict(run, path, done, overwrite=True, console=Console(), **wish)
-        image, labels = open_image(path), read_mask(mask)
+        image = open_image(path)
+        with read_labels(mask) as read:
+            labels = read(*(slice(0, side) for side in image.shape[1:]))
         whole = predict_image(run, image.read(), image.channels)
         gaps.append((np.abs(open_ngff(done).read(range(len(whole))) - whole).max(), np.ptp(whole)))
         table = anndata.read_zarr(out / f"{name}.cells.zarr")

@@ -19,7 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from imgshared.data.crops import Cells, IntensityRange, cut, find_cells, resample, resampled_labels
-from imgshared.data.manifest import CellTable, Manifest, read_cells, read_manifest
+from imgshared.data.manifest import CellTable, Manifest, ManifestRow, read_cells, read_manifest
 from imgshared.data.outlines import draw_outlines, stride_of
 from imgshared.data.plan import Plan, Source, make_plan
 from imgshared.data.scan import Labelled, ReadLabels, connected, labels_in, scan
@@ -238,25 +238,22 @@ class _Tally:
             yield Labelled(lambda *at: image[:, *at], lambda *at: mask[at], source.shape), int(mask.max())
             return
         with windows(source.file, names) as pixels, read_labels(source.row.mask) as read:
-            try:
-                labels, count = self._numbered(source, read, given)
-            except InputError as error:
-                raise InputError(f"{source.row.mask}: {error}") from error
+            labels, count = self._numbered(source.row, read, given)
             if given == source.shape:
                 yield Labelled(pixels, labels, given), count
             else:
                 grid = resampled_labels(labels, given, source.shape)
                 yield Labelled(Resampled(pixels, given, source.shape), grid, source.shape), count
 
-    def _numbered(self, source: Source, read: ReadLabels, shape: tuple[int, int]) -> tuple[ReadLabels, int]:
+    def _numbered(self, row: ManifestRow, read: ReadLabels, shape: tuple[int, int]) -> tuple[ReadLabels, int]:
         """Return what reads the labels, and how many there are; those of a binary mask are its connected parts."""
         count = len(labels_in(read, shape))
-        if count != 1:
+        if count != 1 or row.mask is None:
             return read, count
-        parts, count = connected(read, shape)
+        parts, count = connected(read, shape, row.mask)
         if count == 1:
             return read, 1
-        self.binary.append(source.row.image)
+        self.binary.append(row.image)
         return (lambda *at: parts[at]), count
 
     def _append(self, source: Source, cells: Cells, crops: NDArray[Any], own: NDArray[np.bool_]) -> None:

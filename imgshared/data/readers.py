@@ -163,16 +163,6 @@ def open_mask(path: Path) -> ImageFile:
     return mask
 
 
-def read_mask(path: Path) -> NDArray[np.integer[Any]]:
-    """Read a label mask: (Y, X) integers, 0 = background."""
-    mask: NDArray[Any] = read_planes(path, [0])[0]
-    if mask.dtype.kind == "b":
-        mask = mask.astype(np.uint8)
-    if mask.dtype.kind == "i" and mask.min() < 0:
-        raise InputError(f"{path} holds negative labels: background must be 0 and cells 1, 2, ...")
-    return mask
-
-
 def stem(name: str) -> str:
     """Return a file's name without its folder and image extension."""
     base = Path(name.replace("\\", "/")).name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,22 +72,14 @@ def scan(image: Labelled, channel: int, stride: int) -> Scan:
 
 
 def labels_in(read: ReadLabels, shape: tuple[int, int]) -> NDArray[np.int64]:
-    """Return the labels of a whole mask, ascending, without 0.
-
-    Raises
-    ------
-    InputError
-        For negative labels.
-    """
+    """Return the labels of a whole mask, ascending, without 0."""
     found = [np.unique(read(*tile)) for tile in plan_tiles(shape, SIDE)]
     labels = np.unique(np.concatenate(found).astype(np.int64))
-    if labels[0] < 0:
-        raise InputError("it holds negative labels: background must be 0 and cells 1, 2, ...")
     return labels[labels > 0]
 
 
-def connected(read: ReadLabels, shape: tuple[int, int]) -> tuple[NDArray[np.int32], int]:
-    """Number the connected parts of a mask; return them, (Y, X), and how many there are.
+def connected(read: ReadLabels, shape: tuple[int, int], path: Path) -> tuple[NDArray[np.int32], int]:
+    """Number the connected parts of the mask at `path`; return them, (Y, X), and how many there are.
 
     Raises
     ------
@@ -94,7 +87,9 @@ def connected(read: ReadLabels, shape: tuple[int, int]) -> tuple[NDArray[np.int3
         Where the mask is too large to be held.
     """
     if shape[0] * shape[1] > BINARY_PX:
-        raise InputError("it holds one label alone: number its cells, which is not done here for a mask of this size")
+        raise InputError(
+            f"{path} holds one label alone: number its cells, which is not done here for a mask of this size"
+        )
     parts, count = ndimage.label(read(slice(0, shape[0]), slice(0, shape[1])))
     return parts.astype(np.int32), count
 

@@ -78,10 +78,23 @@ def windows(image: ImageFile, channels: Sequence[str], level: int = 0) -> Iterat
 
 @contextlib.contextmanager
 def read_labels(path: Path) -> Iterator[Callable[[slice, slice], NDArray[np.integer[Any]]]]:
-    """Open a label mask, and yield what reads a window of it, (Y, X) integers, 0 = background."""
+    """Open a label mask, and yield what reads a window of it, (Y, X) integers, 0 = background.
+
+    Raises
+    ------
+    InputError
+        Where it is no label mask; in a window that is damaged or holds negative labels.
+    """
     mask = replace(open_mask(path), channels=("label",))
+
+    def labels(rows: slice, columns: slice) -> NDArray[np.integer[Any]]:
+        found: NDArray[np.integer[Any]] = read(rows, columns)[0]
+        if found.dtype.kind == "i" and found.min() < 0:
+            raise InputError(f"{path} holds negative labels: background must be 0 and cells 1, 2, ...")
+        return found.astype(np.uint8) if found.dtype.kind == "b" else found
+
     with windows(mask, mask.channels) as read:
-        yield lambda rows, columns: _as_numbers(read(rows, columns)[0])
+        yield labels
 
 
 @contextlib.contextmanager
@@ -107,10 +120,6 @@ def _array(path: Path, tiff: tifffile.TiffFile, level: int) -> Any:
     if series.dataoffset is not None:
         return np.memmap(path, series.dtype.newbyteorder(tiff.byteorder), "r", series.dataoffset, series.shape)
     return zarr.open_array(tiff.aszarr(series=0, level=level), mode="r")
-
-
-def _as_numbers(labels: NDArray[Any]) -> NDArray[np.integer[Any]]:
-    return labels.astype(np.uint8) if labels.dtype.kind == "b" else labels
 
 
 def _cut(array: Any, axes: str, channel: int, rows: slice, columns: slice) -> NDArray[Any]:

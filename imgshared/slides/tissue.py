@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
-from imgshared.data.readers import open_mask, read_mask
-from imgshared.data.windows import level_shapes, windows
+from imgshared.data.readers import open_mask
+from imgshared.data.windows import level_shapes, read_labels, windows
 from imgshared.slides.source import Slide
 from imgshared.types import InputError
 
@@ -27,22 +29,24 @@ class Tissue:
 
     Parameters
     ----------
-    mask
-        (y, x) bool.
-    shape
-        (Y, X) of the slide's grid.
+    read
+        Reads a window of the mask; not 0 is tissue.
+    given, shape
+        (y, x) of the mask and (Y, X) of the slide's grid.
     """
 
-    mask: NDArray[np.bool_]
+    read: Callable[[slice, slice], NDArray[Any]]
+    given: tuple[int, int]
     shape: tuple[int, int]
 
     def within(self, rows: slice, columns: slice) -> NDArray[np.bool_]:
         """Return (rows, columns) bool, by the nearest pixel of the mask."""
         at = [
             ((np.arange(here.start, here.stop) + 0.5) * given / side).astype(np.int64)
-            for here, given, side in zip((rows, columns), self.mask.shape, self.shape, strict=True)
+            for here, given, side in zip((rows, columns), self.given, self.shape, strict=True)
         ]
-        return np.asarray(self.mask[at[0][:, None], at[1]])
+        part = self.read(*(slice(int(p[0]), int(p[-1]) + 1) for p in at)) > 0
+        return np.asarray(part[(at[0] - at[0][0])[:, None], at[1] - at[1][0]])
 
 
 def find_tissue(slide: Slide, channel: str) -> Tissue:
@@ -59,11 +63,11 @@ def find_tissue(slide: Slide, channel: str) -> Tissue:
     if not image.max() > image.min():
         raise InputError(f"{slide.path}: {channel!r} is the same everywhere, so tissue=otsu finds none: leave it out")
     near = ndimage.distance_transform_edt(image <= threshold_otsu(image)) <= GROW / factor
-    return Tissue(np.asarray(near), slide.shape)
+    return Tissue(lambda *at: near[at], (small.shape[0], small.shape[1]), slide.shape)
 
 
 def read_tissue(slide: Slide, path: Path) -> Tissue:
-    """Read a mask of tissue, of the size of one of the slide's levels; not 0 is tissue.
+    """Open a mask of tissue, of the size of one of the slide's levels, to be read window by window; not 0 is tissue.
 
     Raises
     ------
@@ -75,7 +79,12 @@ def read_tissue(slide: Slide, path: Path) -> Tissue:
     if shape not in known:
         told = ", ".join(f"{y} x {x}" for y, x in known)
         raise InputError(f"mask {path} is {shape[0]} x {shape[1]} pixels, the levels of {slide.path} are {told}")
-    return Tissue(read_mask(path) > 0, slide.shape)
+    return Tissue(partial(_window, path), (shape[0], shape[1]), slide.shape)
+
+
+def _window(path: Path, rows: slice, columns: slice) -> NDArray[Any]:
+    with read_labels(path) as read:
+        return read(rows, columns)
 
 
 def thumbnail(slide: Slide, channel: str) -> NDArray[np.float32]:

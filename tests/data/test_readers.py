@@ -6,7 +6,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from imgshared.data.readers import open_image, open_mask, read_mask, stem
+from imgshared.data.readers import open_image, open_mask, stem
+from imgshared.data.windows import read_labels
 from imgshared.types import InputError
 
 NAMES = ("DNA", "LaminB1")
@@ -204,10 +205,15 @@ def test_masks(tmp_path):
     mask = np.arange(12, dtype=np.int32).reshape(3, 4)
     tifffile.imwrite(tmp_path / "m.tif", mask)
     assert open_mask(tmp_path / "m.tif").shape == (1, 3, 4)
-    np.testing.assert_array_equal(read_mask(tmp_path / "m.tif"), mask)
+    whole = slice(0, 3), slice(0, 4)
+    with read_labels(tmp_path / "m.tif") as read:
+        np.testing.assert_array_equal(read(*whole), mask)
+    tifffile.imwrite(tmp_path / "m.tif", mask > 3)
+    with read_labels(tmp_path / "m.tif") as read:
+        np.testing.assert_array_equal(read(*whole), (mask > 3).astype(int))
     tifffile.imwrite(tmp_path / "m.tif", mask - 1)
-    with pytest.raises(InputError, match=r"m\.tif holds negative labels"):
-        read_mask(tmp_path / "m.tif")
+    with read_labels(tmp_path / "m.tif") as read, pytest.raises(InputError, match=r"m\.tif holds negative labels"):
+        read(*whole)
     tifffile.imwrite(tmp_path / "m.tif", mask.astype("float32"))
     with pytest.raises(InputError, match=r"m\.tif is no label mask"):
         open_mask(tmp_path / "m.tif")
