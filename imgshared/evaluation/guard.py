@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 
 from imgshared.config import EvaluateConfig
 from imgshared.data.normalise import fit_normaliser
-from imgshared.data.split import column
+from imgshared.data.split import Split, column
 from imgshared.data.store import CellStore
 from imgshared.prediction import Run
 from imgshared.types import InputError
@@ -50,7 +52,8 @@ def cohort(run: Run, store: CellStore, config: EvaluateConfig) -> Cohort:
     Raises
     ------
     InputError
-        Where no group is unseen, a value of `config.group` is on both sides, or no training cell can be found.
+        Where no group is unseen, a value of `config.group` is on both sides, stored predictions are of a model that has
+        seen the judged groups, or no training cell can be found.
     """
     parts = run.split.assign(store.obs)
     values = store.obs[run.split.by].astype(str).to_numpy()
@@ -69,15 +72,24 @@ def cohort(run: Run, store: CellStore, config: EvaluateConfig) -> Cohort:
             f"{len(known)} of the {len(np.unique(values[judged]))} values of {run.split.by} that are judged have "
             f"trained the model or chosen its checkpoint ({_some(known)})"
         )
-    leaks += _shared(store, seen, judged, config)
+    leaks += shared_groups(store, seen, judged, config)
+    foreign, unknown = _author(run, store, judged, config)
     source = store if (parts == "train").any() else _training_store(run, store)
     train = np.flatnonzero(run.split.assign(source.obs) == "train")
-    leaks += _normaliser(run, source, train)
-    return Cohort(source, train, np.flatnonzero(judged), leaks, _scaled(store))
+    leaks += [*_normaliser(run, source, train), *foreign]
+    return Cohort(source, train, np.flatnonzero(judged), leaks, [*_scaled(store), *unknown])
 
 
-def _shared(store: CellStore, seen: NDArray[np.bool_], judged: NDArray[np.bool_], config: EvaluateConfig) -> list[str]:
-    """Find groups with cells on both sides of the run's split, as where it was split by image or by well."""
+def shared_groups(
+    store: CellStore, seen: NDArray[np.bool_], judged: NDArray[np.bool_], config: EvaluateConfig
+) -> list[str]:
+    """Find groups with cells on both sides of a split, as where it was split by image or by well.
+
+    Raises
+    ------
+    InputError
+        Names the first, unless `config` allows it.
+    """
     leaks = []
     for name in dict.fromkeys((config.group, "group")):
         units = column(store.obs, name).astype(str).to_numpy()
@@ -91,6 +103,32 @@ def _shared(store: CellStore, seen: NDArray[np.bool_], judged: NDArray[np.bool_]
                 "choose another group column, or see what this would give with --allow-seen-groups"
             )
     return leaks
+
+
+def _author(
+    run: Run, store: CellStore, judged: NDArray[np.bool_], config: EvaluateConfig
+) -> tuple[list[str], list[str]]:
+    """Ask who made the stored predictions that are judged, and whom that model has seen: leaks and cautions."""
+    if config.predictions is None:
+        return [], []
+    author = Path(str(CellStore(config.predictions).info.get("run", "")))
+    if author == run.path.resolve():
+        return [], []
+    if not (author / "contract.json").is_file():
+        told = f"which model made {config.predictions} is not known, nor whether it has seen the cells that are judged"
+        return [], [told]
+    split = Split.from_dict(json.loads((author / "contract.json").read_text())["split"])
+    seen = judged & np.isin(split.assign(store.obs), ("train", "val"))
+    if not seen.any():
+        return [], []
+    names = np.unique(column(store.obs, split.by).astype(str).to_numpy()[seen])
+    leak = f"{config.predictions} was made by {author}, which was trained on {len(names)} of the groups that are judged"
+    if not config.allow_seen_groups:
+        raise InputError(
+            f"{leak} ({_some(names)}): evaluate that run itself, predict by a run that held them out, or see what this "
+            "would give with --allow-seen-groups"
+        )
+    return [f"{leak} ({_some(names)})"], []
 
 
 def _training_store(run: Run, store: CellStore) -> CellStore:

@@ -19,7 +19,7 @@ from imgshared.config import EvaluateConfig, Experiment
 from imgshared.data.split import Split, column, make_split
 from imgshared.data.store import CellStore
 from imgshared.evaluation.collect import Progress
-from imgshared.evaluation.guard import cohort
+from imgshared.evaluation.guard import cohort, shared_groups
 from imgshared.evaluation.labels import read_label
 from imgshared.evaluation.study import Study, check_columns, joined, look
 from imgshared.prediction import Run, load_run, predict_cells
@@ -66,6 +66,8 @@ def plan_folds(run: Run, store: CellStore, config: EvaluateConfig) -> list[Split
         split = make_split(
             store.obs, by=wish.by, val=inner, test=test, stratify=wish.stratify, seed=run.experiment.seed + len(folds)
         )
+        train_or_inner, held_out = (np.isin(values, names) for names in ((*split.train, *split.val), test))
+        shared_groups(store, train_or_inner, held_out, config)
         for name in config.labels:
             _refuse_lacking(store, name, config, np.isin(values, split.train), rest, len(folds) + 1)
         folds.append(split)
@@ -96,11 +98,14 @@ def fit_folds(
             raise InputError(f"there is no fold {k}: folds count from 1 to {len(folds)}")
     for k, split in enumerate(folds, 1):
         folder = _folder(out, k)
-        if (folder / DONE).exists() or (only is not None and k not in only):
+        if only is not None and k not in only:
+            continue
+        wish = _experiment(run, split)
+        if (folder / DONE).exists():
+            _refuse_other(load_run(folder), wish, store)
             continue
         progress(f"fold {k} of {len(folds)}", k - 1, len(folds) + 1)  # the last part of a study is its judgement
-        wish = dataclasses.replace(run.experiment.split, val=split.val, test=split.test)
-        train(dataclasses.replace(run.experiment, split=wish), folder, (folder / "config.yaml").exists())
+        train(wish, folder, (folder / "config.yaml").exists())
         (folder / DONE).touch()
 
 
@@ -122,13 +127,28 @@ def nested(run: Run, store: CellStore, out: Path, config: EvaluateConfig, say: P
     looks = []
     for k, split in enumerate(plan_folds(run, store, config), 1):
         imputer = load_run(_folder(out, k))
-        if imputer.split != split:
-            raise InputError(
-                f"{_folder(out, k)} was trained for other folds (it held out {', '.join(imputer.split.test)}, not "
-                f"{', '.join(split.test)}): choose another folder (--out), or remove it"
-            )
+        _refuse_other(imputer, _experiment(run, split), store)
         looks.append(look(imputer, store, cohort(imputer, store, config), config, predict_cells, say, f"fold {k}: "))
     return joined(store, config, looks)
+
+
+def _experiment(run: Run, split: Split) -> Experiment:
+    """What a fold trains: the run's configuration on the groups that the fold leaves it."""
+    wish = dataclasses.replace(run.experiment.split, val=split.val, test=split.test)
+    return dataclasses.replace(run.experiment, split=wish)
+
+
+def _refuse_other(imputer: Run, wish: Experiment, store: CellStore) -> None:
+    """Refuse a fold that another study has left."""
+    ours = imputer.experiment
+    broken = [
+        (ours.split != wish.split, f"for other folds (it held out {', '.join(imputer.split.test)})"),
+        (dataclasses.replace(ours, split=wish.split) != wish, "with other settings"),
+        (imputer.contract.data_hash != store.data_hash, f"on other cells than {store.path} holds now"),
+    ]
+    for differs, told in broken:
+        if differs:
+            raise InputError(f"{imputer.path} was trained {told}: choose another folder (--out), or remove it")
 
 
 def _folder(out: Path, k: int) -> Path:

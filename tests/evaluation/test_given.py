@@ -96,3 +96,22 @@ def test_the_sharp_output_is_judged_where_there_is_one(tiny, toy, trained_run, t
     mean, sharp = (api.evaluate(run, toy, tmp_path / name, sharp=name == "sharp") for name in ("mean", "sharp"))
     assert any("sharp output is judged" in note for note in sharp.notes)
     assert not np.allclose(mean.fidelity["value"], sharp.fidelity["value"])
+
+
+def test_predictions_of_a_model_that_has_seen_the_judged_are_refused_or_stamped(
+    tiny, trained_run, toy, predicted, tmp_path
+):
+    split = dataclasses.replace(tiny.split, val=("g0",), test=("g1",))
+    other = api.train(
+        dataclasses.replace(tiny, split=split), out=tmp_path / "other", console=Console(file=io.StringIO())
+    )
+    theirs = api.predict(other, toy, tmp_path / "theirs.zarr")
+    with pytest.raises(InputError, match=r"was trained on 1 of the groups that are judged \(g4\)"):
+        api.evaluate(trained_run, toy, tmp_path / "out", predictions=str(theirs))
+    found = api.evaluate(trained_run, toy, tmp_path / "out", predictions=str(theirs), allow_seen_groups=True)
+    assert any("was made by" in leak for leak in found.leaks)
+    own = api.evaluate(trained_run, toy, tmp_path / "own", predictions=str(predicted))
+    assert own.leaks == own.cautions == []
+    nameless = rewritten(tmp_path / "nameless.zarr", predicted)
+    unknown = api.evaluate(trained_run, toy, tmp_path / "unknown", predictions=str(nameless))
+    assert any("is not known" in caution for caution in unknown.cautions)

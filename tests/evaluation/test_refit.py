@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -90,6 +91,34 @@ def test_folds_run_one_a_process(linear, toy, tmp_path, nested):
 def test_folds_of_another_plan_are_refused(linear, toy, nested):
     with pytest.raises(InputError, match="was trained for other folds"):
         api.evaluate(linear, toy, **(WISH | {"folds": 3, "seed": 7}))
+    method = dataclasses.replace(linear.experiment.method, ridge=0.1)
+    other = dataclasses.replace(linear, experiment=dataclasses.replace(linear.experiment, method=method))
+    with pytest.raises(InputError, match="was trained with other settings"):
+        api.evaluate(other, toy, **WISH)
+    data = shutil.copytree(toy.path, linear.path / "moved.zarr")
+    moved = CellStore(data)
+    moved.info["data_hash"] = "another"
+    contract = dataclasses.replace(linear.contract, data_hash="another")
+    with pytest.raises(InputError, match="was trained on other cells"):
+        api.evaluate(dataclasses.replace(linear, contract=contract), moved, nested.report.parent, **WISH)
+
+
+def test_a_donor_on_both_sides_is_refused_before_any_training(linear, arrays, write_store, tmp_path):
+    images, measured, masks, obs = arrays
+    obs["donor"] = "d1"
+    store = CellStore(write_store(tmp_path / "cells.zarr", images, measured, masks, obs))
+    run = dataclasses.replace(linear, contract=dataclasses.replace(linear.contract, data_hash=store.data_hash))
+    with pytest.raises(InputError, match="donor 'd1' has cells on both sides"):
+        plan_folds(run, store, dataclasses.replace(CONFIG, group="donor"))
+
+
+def test_a_fold_that_was_cut_short_goes_on(linear, toy, nested, tmp_path):
+    """Its checkpoint is there, the mark of its end is not: it is trained on, not anew, and judged as ever."""
+    out = tmp_path / "out"
+    shutil.copytree(nested.report.parent / "folds" / "fold_1", out / "folds" / "fold_1")
+    (out / "folds" / "fold_1" / "done").unlink()
+    found = api.evaluate(linear, toy, out, config=CONFIG)
+    assert found.metrics == nested.metrics
 
 
 @pytest.mark.parametrize(
