@@ -8,8 +8,11 @@ alone). What each stain's verdict must be:
 shared     nuclear area, heterochromatin, treatment: never inferior or lost, wherever the real stain tells it
 specific   a stain's own factor, independent of chromatin; `drug`: lost by the stain that shows it
 mixed      a stain's own factor where it follows a shared one with r = 0.6: told, and worse than by the real stain
+none       `drug` for the stains other than FOXO3, a stain's own independent factor for the others: not in the real one
 
-A label that the real stain does not tell says nothing of a prediction, and is not counted. translator by its mean.
+The share of wrong verdicts is told twice: of the labels that the real stain tells by the verdict's own rule (what it
+does not tell says nothing of a prediction), and of all pairs of label and stain whose truth is known. Beside it the share
+of the label that the prediction recovers, by cause. translator by its mean.
 """
 
 from __future__ import annotations
@@ -26,14 +29,17 @@ from rich.console import Console
 import imgshared
 from imgshared.config import Experiment, load
 from imgshared.data.store import CellStore
+from imgshared.evaluation.verdict import TOLD
 from imgshared.prediction import Run
 
 SHARED = ("nuclear_area", "heterochromatin")
 OWN = {"lamin_level": "LaminB1", "foxo_switch": "FOXO3", "tubulin_level": "Tubulin", "cd45_level": "CD45"}
+UNTOLD = ("not in the real stain", "in the prediction alone")
 RIGHT = {
-    "shared": ("not inferior", "not shown"),
+    "shared": ("not inferior",),
     "specific": ("lost",),
     "mixed": ("inferior", "not shown"),
+    "none": ("not in the real stain",),
 }
 
 
@@ -59,24 +65,28 @@ def main() -> None:
                 for row in judged(found.labels, found.imputability, scenario)
             ]
     table = pd.DataFrame(rows)
-    counted = table[~table["verdict"].isin(["not in the real stain", "in the prediction alone"])]
-    summary = counted.groupby("cause", sort=False)["right"].agg(["mean", "count"]).reset_index()
-    wrong = float(1 - counted["right"].mean())
-    record(a.record or a.out / "verdicts.json", {"rows": rows, "wrong": wrong})
-    print(markdown(summary.to_dict("records")))
-    print(f"\nwrong: {wrong:.1%} of {len(counted)} verdicts\n")
-    print(markdown(counted[~counted["right"]].drop(columns=["right"]).to_dict("records")))
+    told = table[~table["verdict"].isin(UNTOLD) & (table["cause"] != "none")]
+    wrong = {"of the labels that the real stain tells": told, "of all pairs": table}
+    shares = {what: float(1 - some["right"].mean()) for what, some in wrong.items()}
+    by_cause = table.groupby("cause", sort=False).agg(
+        right=("right", "mean"), pairs=("right", "count"), share_least=("share", "min"),
+        share_median=("share", "median"), share_greatest=("share", "max"),
+    ).reset_index()  # fmt: skip
+    record(a.record or a.out / "verdicts.json", {"rows": rows, "wrong": shares, "causes": by_cause.to_dict("records")})
+    print(markdown(by_cause.to_dict("records")), "\n")
+    print("\n".join(f"wrong: {shares[what]:.1%} of {len(some)} {what[3:]}" for what, some in wrong.items()), "\n")
+    print(markdown(table[~table["right"]].drop(columns=["right"]).to_dict("records")))
 
 
 def cause_of(label: str, marker: str, scenario: str) -> str | None:
-    """Return what kind of cause a label is for a stain; None where the stain does not show it."""
+    """Return what kind of cause a label is for a stain; None where it follows one in part, through a shared factor."""
     name = label.removesuffix("_high")
     if name in SHARED or name == "treatment":
         return "shared"
     if name == "drug":
-        return "specific" if marker == "FOXO3" else None
+        return "specific" if marker == "FOXO3" else "none"
     if OWN[name] != marker:
-        return None
+        return "none" if scenario == "independent" else None
     return "specific" if scenario == "independent" else "mixed"
 
 
@@ -89,7 +99,8 @@ def judged(labels: pd.DataFrame, imputability: pd.DataFrame, scenario: str) -> l
         if cause is None:
             continue
         row = {"cause": cause, "label": r["label"], "marker": r["marker"], "verdict": r["verdict"]}
-        row |= {"real": r["real"], "predicted": r["predicted"], "imputability": float(brightness[r["marker"]])}
+        row |= {"real": r["real"], "predicted": r["predicted"], "share": r["share"] if r["real"] > TOLD else None}
+        row |= {"imputability": float(brightness[r["marker"]])}
         rows.append({**row, "right": r["verdict"] in RIGHT[cause]})
     return rows
 
