@@ -11,8 +11,8 @@ mixed      a stain's own factor where it follows a shared one with r = 0.6: told
 none       `drug` for the stains other than FOXO3, a stain's own independent factor for the others: not in the real one
 
 The share of wrong verdicts is told twice: of the labels that the real stain tells by the verdict's own rule (what it
-does not tell says nothing of a prediction), and of all pairs of label and stain whose truth is known. Beside it the share
-of the label that the prediction recovers, by cause. translator by its mean.
+does not tell says nothing of a prediction), and of all pairs of label and stain whose truth is known. Beside it the
+share of the label that the prediction recovers, by cause. translator by its mean.
 """
 
 from __future__ import annotations
