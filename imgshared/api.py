@@ -156,12 +156,12 @@ def predict(
             console.print(f"imgshared: warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
     if not isinstance(data, CellStore) and slide:
         path = Path(data)
-        out = Path(out) if out is not None else run.path / "predictions" / f"{stem(path.name)}.ome.zarr"
+        out = Path(out) if out is not None else run.results / "predictions" / f"{stem(path.name)}.ome.zarr"
         verb = predict_plate if is_plate(path) else predict_slide
         with _bar(console if run.fabric.is_global_zero else None, "predict") as moved:
             return verb(run, path, out, config, overwrite=overwrite, progress=moved)
     store = data if isinstance(data, CellStore) else CellStore(data)
-    out = Path(out) if out is not None else run.path / "predictions" / f"{store.path.stem}.zarr"
+    out = Path(out) if out is not None else run.results / "predictions" / f"{store.path.stem}.zarr"
     with _bar(console, "predict") as moved:
         return _predict(
             run, store, out, config, overwrite=overwrite, progress=lambda done, total: moved("predict", done, total)
@@ -221,6 +221,8 @@ def refit(
     """
     run, store = _opened(run, store)
     config = _settings(EvaluateConfig, settings)
+    if fold is not None and place_among_processes()[1] > 1:
+        raise InputError("--fold trains one fold in one process: under torchrun leave it out, folds are shared out")
     folder, (rank, world) = _evaluation_folder(run, store, out, config), place_among_processes()
     own = range(rank + 1, config.folds + 1, world)
     with _bar(console, "nested study") as whole:
@@ -250,7 +252,7 @@ def _refit(
 
 def _evaluation_folder(run: Run, store: CellStore, out: PathLike | None, config: EvaluateConfig) -> Path:
     name = f"{store.path.stem}_refit" if config.refit else store.path.stem
-    return Path(out) if out is not None else run.path / "evaluation" / name
+    return Path(out) if out is not None else run.results / "evaluation" / name
 
 
 def _names(wish: float | tuple[str, ...]) -> str:

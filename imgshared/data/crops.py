@@ -90,7 +90,7 @@ def find_cells(found: Scan, shape: tuple[int, int], crop_px: int, labels: int) -
     corners = np.rint(centroids - (crop_px - 1) / 2).astype(np.int64)
     touches = table["touches"].to_numpy(bool)
     outside = ((corners < 0) | (corners + crop_px > np.asarray(shape))).any(axis=1)
-    means = (table[[f"sum_{k}" for k in range(len(found.extremes))]].to_numpy() / area[:, None]).astype(np.float32)
+    means = (table.filter(like="sum_").to_numpy() / area[:, None]).astype(np.float32)
     every = Cells(table.index.to_numpy(np.int64), centroids, corners, area.astype(np.int64), means)
     dropped = {TOUCHES: int(touches.sum()), LEAVES: int((outside & ~touches).sum()), LOST: labels - len(table)}
     return every.select(~touches & ~outside), {reason: count for reason, count in dropped.items() if count}

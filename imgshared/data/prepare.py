@@ -22,7 +22,7 @@ from imgshared.data.crops import Cells, IntensityRange, cut, find_cells, resampl
 from imgshared.data.manifest import CellTable, Manifest, ManifestRow, read_cells, read_manifest
 from imgshared.data.outlines import draw_outlines, stride_of
 from imgshared.data.plan import Plan, Source, make_plan
-from imgshared.data.scan import Labelled, ReadLabels, connected, labels_in, scan
+from imgshared.data.scan import Labelled, ReadLabels, Watched, connected, labels_in, scan
 from imgshared.data.segment import SegmentSettings, length_px, segment_nuclei
 from imgshared.data.store import IMAGES, MASKS, StoreWriter, panel_table
 from imgshared.data.windows import Resampled, read_labels, windows
@@ -204,10 +204,11 @@ class _Tally:
 
     def add(self, source: Source) -> None:
         """Read one image, tile by tile where it has a mask, and append its cells."""
-        with self._opened(source) as (image, labels):
+        with self._opened(source) as (image, labels, raw):
             stride = stride_of(image.shape)
             found = scan(image, list(source.channels).index(self.plan.panel.chromatin_index), stride)
-            self.extremes.append(dict(zip(source.channels, found.extremes, strict=True)))
+            extremes = zip(raw.least.tolist(), raw.most.tolist(), strict=True)  # of the file's own pixels
+            self.extremes.append(dict(zip(source.channels, extremes, strict=True)))
             cells, dropped = find_cells(found, image.shape, self.crop_px, labels)
             self.found += labels
             self.dropped.update(dropped)
@@ -224,26 +225,30 @@ class _Tally:
                 self._append(source, block, crops, own)
 
     @contextlib.contextmanager
-    def _opened(self, source: Source) -> Iterator[tuple[Labelled, int]]:
-        """Yield what reads the image (its channels of the panel) and its labels on the store's grid; number of labels.
+    def _opened(self, source: Source) -> Iterator[tuple[Labelled, int, Watched]]:
+        """Yield what reads the image (its channels of the panel) and its labels on the store's grid, how many labels
+        there are, and what reads the file's own pixels.
 
         Without a mask the image is read whole, for its background and threshold are those of all of it.
         """
         names, given = list(source.channels.values()), (source.file.shape[1], source.file.shape[2])
         if source.row.mask is None:
-            image = source.file.read(names)
+            whole = source.file.read(names)
+            raw = Watched(source.file, names, lambda *at: whole[:, *at])
+            image = raw(*(slice(0, side) for side in given))
             image = image if given == source.shape else resample(image, source.shape)
             chromatin = image[list(source.channels).index(self.plan.panel.chromatin_index)]
             mask = segment_nuclei(chromatin, self.segment, self.plan.pixel_size_um)
-            yield Labelled(lambda *at: image[:, *at], lambda *at: mask[at], source.shape), int(mask.max())
+            yield Labelled(lambda *at: image[:, *at], lambda *at: mask[at], source.shape), int(mask.max()), raw
             return
         with windows(source.file, names) as pixels, read_labels(source.row.mask) as read:
             labels, count = self._numbered(source.row, read, given)
+            raw = Watched(source.file, names, pixels)
             if given == source.shape:
-                yield Labelled(pixels, labels, given), count
+                yield Labelled(raw, labels, given), count, raw
             else:
                 grid = resampled_labels(labels, given, source.shape)
-                yield Labelled(Resampled(pixels, given, source.shape), grid, source.shape), count
+                yield Labelled(Resampled(raw, given, source.shape), grid, source.shape), count, raw
 
     def _numbered(self, row: ManifestRow, read: ReadLabels, shape: tuple[int, int]) -> tuple[ReadLabels, int]:
         """Return what reads the labels, and how many there are; those of a binary mask are its connected parts."""

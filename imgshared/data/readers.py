@@ -269,11 +269,19 @@ def _open_tiff(path: Path) -> ImageFile:
     return ImageFile(path, names, shape, dtype, size)
 
 
+def series_apart(tiff: tifffile.TiffFile) -> list[int]:
+    """Return the series of each channel where pages were written one by one; none where one series holds all."""
+    series = tiff.series[0]
+    if len(tiff.series) < 2 or series.axes != "YX" or tiff.is_ome:
+        return []
+    return [k for k, s in enumerate(tiff.series) if s.axes == "YX" and s.shape == series.shape]
+
+
 def _layout(path: Path, tiff: tifffile.TiffFile) -> tuple[tuple[int, int, int], list[Any]]:
     """Return (C, Y, X) and the page of each channel, no pages where channels do not lie one a page."""
     series = tiff.series[0]
-    if len(tiff.series) > 1 and series.axes == "YX" and not tiff.is_ome:  # pages written one by one
-        pages: list[Any] = [s.pages[0] for s in tiff.series if s.axes == "YX" and s.shape == series.shape]
+    if apart := series_apart(tiff):
+        pages: list[Any] = [tiff.series[k].pages[0] for k in apart]
         return (len(pages), series.shape[0], series.shape[1]), pages
     sizes = dict(zip(series.axes, series.shape, strict=True))
     for axis, word in (("Z", "focal planes"), ("T", "time points")):

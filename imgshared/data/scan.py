@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from imgshared.data.readers import ImageFile
 from imgshared.data.windows import Read, Span, plan_tiles
 from imgshared.types import InputError
 
@@ -29,6 +30,27 @@ class Labelled:
     shape: tuple[int, int]
 
 
+class Watched:
+    """Reads windows of a file as `read` does, refuses what is no intensity, and remembers each channel's extremes.
+
+    Parameters
+    ----------
+    file, names
+        The image and the channels that `read` reads.
+    """
+
+    def __init__(self, file: ImageFile, names: Sequence[str], read: Read) -> None:
+        self._file, self._names, self._read = file, names, read
+        self.least, self.most = np.full(len(names), np.inf), np.full(len(names), -np.inf)
+
+    def __call__(self, rows: slice, columns: slice) -> NDArray[Any]:
+        """Read a window of the file's own pixels, (C, y, x)."""
+        pixels = self._file.checked(self._names, self._read(rows, columns))
+        self.least = np.minimum(self.least, pixels.min((1, 2)))
+        self.most = np.maximum(self.most, pixels.max((1, 2)))
+        return pixels
+
+
 @dataclass(frozen=True)
 class Scan:
     """What a whole image shows.
@@ -37,27 +59,23 @@ class Scan:
     ----------
     table
         A row a label: `area`, sums of `y` and `x`, and `sum_<channel>`, of its pixels; whether it `touches` the border.
-    extremes
-        (least, greatest) intensity of each channel.
     picture, outlined
         Every `stride`-th pixel of one channel, and of the labels.
     """
 
     table: pd.DataFrame
-    extremes: tuple[tuple[float, float], ...]
     picture: NDArray[Any]
     outlined: NDArray[np.integer[Any]]
 
 
 def scan(image: Labelled, channel: int, stride: int) -> Scan:
     """Look at all of an image, one tile in memory at a time; `channel` is that of the picture."""
-    parts, ranges, touching = list[pd.DataFrame](), list[NDArray[Any]](), set[int]()
+    parts, touching = list[pd.DataFrame](), set[int]()
     small = [-(-side // stride) for side in image.shape]
     picture, outlined = np.zeros(0), np.zeros(small, np.int64)
     for rows, columns in plan_tiles(image.shape, SIDE):
         pixels, labels = image.pixels(rows, columns), image.labels(rows, columns)
         parts.append(label_sums((rows, columns), labels, pixels))
-        ranges.append(np.stack([pixels.min((1, 2)), pixels.max((1, 2))]))
         touching |= _on_border(labels, rows, columns, image.shape)
         picture = picture if picture.size else np.zeros(small, pixels.dtype)
         first = [-span.start % stride for span in (rows, columns)]
@@ -67,8 +85,7 @@ def scan(image: Labelled, channel: int, stride: int) -> Scan:
             whole[y : y + some.shape[0], x : x + some.shape[1]] = some
     table = pd.concat(parts).groupby(level=0).sum()
     table["touches"] = table.index.isin(touching)
-    least, most = np.stack(ranges)[:, 0].min(0), np.stack(ranges)[:, 1].max(0)
-    return Scan(table, tuple((float(a), float(b)) for a, b in zip(least, most, strict=True)), picture, outlined)
+    return Scan(table, picture, outlined)
 
 
 def labels_in(read: ReadLabels, shape: tuple[int, int]) -> NDArray[np.int64]:

@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from imgshared.data.ngff import is_ngff, open_ngff
-from imgshared.data.readers import PILLOW_SUFFIXES, TIFF_SUFFIXES, ImageFile, native, open_mask, open_tiff, read_planes
+from imgshared.data.readers import (
+    PILLOW_SUFFIXES,
+    TIFF_SUFFIXES,
+    ImageFile,
+    native,
+    open_mask,
+    open_tiff,
+    read_planes,
+    series_apart,
+)
 from imgshared.data.store import is_store
 from imgshared.types import InputError
 
@@ -45,27 +54,30 @@ def level_shapes(path: Path) -> list[tuple[int, int]]:
 def windows(image: ImageFile, channels: Sequence[str], level: int = 0) -> Iterator[Read]:
     """Open an image, and yield what reads a window (rows, columns) of some channels, (n, Y, X) in the image's dtype.
 
-    Memory is bounded by the window, where the image is tiled or not compressed.
+    Memory and time are bounded by the window where the image is tiled or not compressed: compressed strips are decoded
+    over their whole width, again for each window.
 
     Raises
     ------
     InputError
-        Where the file is damaged, a window that cannot be read is named; where float pixels are no intensities.
+        Where the file is damaged; a window that cannot be read is named.
     """
     places = [image.channels.index(name) for name in channels]
     with contextlib.ExitStack() as stack:
         if image.files:
-            parts = [stack.enter_context(_planes(image.files[c], [0], level)) for c in places]
+            parts = [(image.files[c], stack.enter_context(_planes(image.files[c], [0], level))) for c in places]
         else:
-            parts = [stack.enter_context(_planes(image.path, places, level))]
+            parts = [(image.path, stack.enter_context(_planes(image.path, places, level)))]
 
         def read(rows: slice, columns: slice) -> NDArray[Any]:
-            try:
-                pixels = native(np.concatenate([part(rows, columns) for part in parts]))
-            except Exception as error:  # whatever a codec raises
-                where = f"rows {rows.start} to {rows.stop}, columns {columns.start} to {columns.stop}"
-                raise InputError(f"{image.path} is damaged at {where} ({error}): copy it again") from error
-            return image.checked(channels, pixels)
+            planes = []
+            for path, part in parts:
+                try:
+                    planes.append(part(rows, columns))
+                except Exception as error:  # whatever a codec raises
+                    where = f"rows {rows.start} to {rows.stop}, columns {columns.start} to {columns.stop}"
+                    raise InputError(f"{path} is damaged at {where} ({error}): copy it again") from error
+            return native(np.concatenate(planes))
 
         problem: BaseException | None = None
         try:
@@ -104,9 +116,10 @@ def _planes(path: Path, channels: Sequence[int], level: int) -> Iterator[Read]:
         yield lambda rows, columns: known.read(channels, rows, columns, level)
     elif path.suffix.lower() in TIFF_SUFFIXES:
         with open_tiff(path) as tiff:
-            axes = tiff.series[0].levels[level].axes.lower()
-            array = _array(path, tiff, level)
-            yield lambda rows, columns: np.stack([_cut(array, axes, c, rows, columns) for c in channels])
+            axes, apart = tiff.series[0].levels[level].axes.lower(), series_apart(tiff)
+            series = {c: apart[c] if apart else 0 for c in channels}
+            arrays = {k: _array(path, tiff, k, level) for k in set(series.values())}
+            yield lambda rows, columns: np.stack([_cut(arrays[series[c]], axes, c, rows, columns) for c in channels])
     elif path.suffix.lower() in PILLOW_SUFFIXES:  # small enough to be held
         whole = read_planes(path, channels)
         yield lambda rows, columns: whole[:, rows, columns]
@@ -114,12 +127,12 @@ def _planes(path: Path, channels: Sequence[int], level: int) -> Iterator[Read]:
         raise InputError(f"{path} is no slide: give an OME-TIFF or an OME-Zarr image")
 
 
-def _array(path: Path, tiff: tifffile.TiffFile, level: int) -> Any:
+def _array(path: Path, tiff: tifffile.TiffFile, number: int, level: int) -> Any:
     """Return an array that reads what is asked for: the file itself where its pixels lie in it as they are."""
-    series = tiff.series[0].levels[level]
+    series = tiff.series[number].levels[level]
     if series.dataoffset is not None:
         return np.memmap(path, series.dtype.newbyteorder(tiff.byteorder), "r", series.dataoffset, series.shape)
-    return zarr.open_array(tiff.aszarr(series=0, level=level), mode="r")
+    return zarr.open_array(tiff.aszarr(series=number, level=level), mode="r")
 
 
 def _cut(array: Any, axes: str, channel: int, rows: slice, columns: slice) -> NDArray[Any]:

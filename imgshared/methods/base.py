@@ -70,11 +70,11 @@ class Method(nn.Module, ABC):
         method.start(stage)
         for player in stage.groups:
             method.turn(player)
-            terms = method.loss(batch, player)
-            terms.total.backward()
-            optimizers[player].step()
+            method.loss(batch, player).total.backward()
         for table, lr in stage.tables:
             table.step(lr)
+        for player in stage.groups:
+            optimizers[player].step()
 
     Attributes
     ----------
@@ -88,6 +88,10 @@ class Method(nn.Module, ABC):
         Whether each pixel depends on statistics of all of the image, as after instance normalisation.
     sharp
         Whether its predictions have a sharp output beside the mean.
+    scaled
+        Whether they have a scale, the expected deviation of each pixel.
+    world
+        How many processes share each batch; the loop sets it.
     progress
         The part of the stage that is done, in [0, 1]; the loop keeps it up to date.
     """
@@ -99,6 +103,8 @@ class Method(nn.Module, ABC):
     any_size: bool = False
     global_statistics: bool = False
     sharp: bool = False
+    scaled: bool = False
+    world: int = 1
     progress: float = 0.0
 
     @property

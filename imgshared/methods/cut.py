@@ -4,7 +4,7 @@ One generator G and one discriminator D of the target stains; the contrastive lo
 CycleGAN learns. FastCUT is `nce_weight` 10, `identity_weight` 0 and `flip_equivariance`.
 
 Unlike the published code: the generator is CycleGAN's, with strided convolutions where CUT's resamples with a blur
-against aliasing, and has 6 blocks by default where CUT's has 9; and it moves before the discriminator, not after it.
+against aliasing, and has 6 blocks by default where CUT's has 9; and both move at once, by gradients of the same step.
 """
 
 from __future__ import annotations

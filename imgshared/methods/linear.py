@@ -12,7 +12,7 @@ from imgshared.data.panel import Panel
 from imgshared.losses import pixel_loss
 from imgshared.methods.base import Stage, sum_terms
 from imgshared.methods.paired import PairedMethod
-from imgshared.models.ridge import BlurredRidge, Equations, fitting
+from imgshared.models.ridge import BlurredRidge, fitting
 from imgshared.types import Batch, InputError, LossTerms, Prediction
 
 
@@ -55,7 +55,10 @@ class Linear(PairedMethod):
     def loss(self, batch: Batch, player: str) -> LossTerms:
         """Take the batch in and return the mean squared error on it of the fit so far."""
         pairs = self.pairs(batch)
-        equations = _over_ranks(self.ridge.equations(pairs.sources, pairs.targets, pairs.shown))
+        equations = self.ridge.equations(pairs.sources, pairs.targets, pairs.shown)
+        if self.world > 1:  # so that each keeps the same fit
+            for part in equations:
+                dist.all_reduce(part)
         self.ridge.add(equations)
         return sum_terms({"l2": self.ridge.squared_error(equations)})
 
@@ -70,11 +73,3 @@ class Linear(PairedMethod):
     def predict(self, sources: Tensor) -> Prediction:
         """Predict by the fit so far."""
         return Prediction(self.ridge(sources))
-
-
-def _over_ranks(equations: Equations) -> Equations:
-    """Sum over all ranks, so that each keeps the same fit."""
-    if dist.is_available() and dist.is_initialized():
-        for part in equations:
-            dist.all_reduce(part)
-    return equations

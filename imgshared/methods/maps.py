@@ -42,7 +42,7 @@ class MapMethod(LatentMethod):
     def __init__(self, config: TranslatorConfig, panel: Panel) -> None:
         super().__init__()
         self.config, self.panel, self.paired = config, panel, True
-        self.sharp = bool(config.weights.sharp)
+        self.sharp, self.scaled = bool(config.weights.sharp), config.head != "mean"
         self.network = TranslationNetwork(
             markers=len(panel), chromatin=panel.chromatin_index, channels=config.channels,
             shared_fraction=config.shared_fraction, backbone=config.backbone, by_marker=config.encoders == "marker",

@@ -88,6 +88,8 @@ def export(run: Run, out: Path, config: ExportConfig | None = None) -> Path:
     if out.exists():
         raise InputError(f"{out} exists already: choose another name, or remove it")
     name = run.experiment.method.name
+    if not list(run.method.parameters()):
+        raise InputError(f"{run.path} is an exported file, or a closed form: export a trained translator or regression")
     if name not in ("translator", "regression"):
         raise InputError(f"{name} cannot be exported: translator and regression can")
     run.refuse_sharp(config.sharp)

@@ -33,14 +33,12 @@ class OmeFrames:
     def __init__(
         self, run: Run, store: CellStore, targets: Sequence[int], folder: Path, overwrite: bool, *, intervals: bool
     ) -> None:
-        if folder.exists() and not overwrite:
-            raise InputError(f"{folder} exists already: choose another name, or pass --overwrite to replace it")
+        refuse_frames(store, folder, overwrite)
         self.store, self.channels = store, run.contract.check(store, ())
         self.folder, self.partial = folder, Path(f"{folder}.partial")
         kinds = ("predicted", "90% interval") if intervals else ("predicted",)
         self.names = [*run.panel.markers, *(f"{run.panel.markers[t]} ({kind})" for kind in kinds for t in targets)]
         self._images = store.obs["image"].astype(str).to_numpy()
-        _refuse_shared_files(self._images)
         self._image: str | None = None
         self._frames: list[Floats] = []
 
@@ -87,7 +85,17 @@ def _file_name(image: str) -> str:
     return f"{image.replace('/', '_')}.ome.tif"
 
 
-def _refuse_shared_files(images: NDArray[Any]) -> None:
+def refuse_frames(store: CellStore, folder: Path, overwrite: bool) -> None:
+    """Refuse to write frames where something is, or of images that would share a file.
+
+    Raises
+    ------
+    InputError
+        Names the folder or the file.
+    """
+    if folder.exists() and not overwrite:
+        raise InputError(f"{folder} exists already: choose another name, or pass --overwrite to replace it")
+    images = store.obs["image"].astype(str).to_numpy()
     blocks = images[np.append(True, images[1:] != images[:-1])]  # an image whose cells are apart would come twice
     files, counts = np.unique([_file_name(image) for image in blocks], return_counts=True)
     if (counts > 1).any():

@@ -105,4 +105,4 @@ def load_onnx(path: Path) -> Run:
     experiment: Experiment = validate(Experiment, yaml.safe_load(about["config"]), str(path))
     contract = Contract.from_dict(about["contract"])
     method = OnnxMethod(session, contract.panel, contract.normaliser, about).eval()
-    return Run(path.with_suffix(""), path, experiment, contract, method, make_fabric("cpu", "float32"))
+    return Run(path, path, experiment, contract, method, make_fabric("cpu", "float32"))

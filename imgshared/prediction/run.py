@@ -41,6 +41,11 @@ class Run:
     fabric: Fabric
 
     @property
+    def results(self) -> Path:
+        """Where predictions and evaluations go unless they are told: the run folder; beside an exported file."""
+        return self.path.with_suffix("") if self.path.is_file() else self.path
+
+    @property
     def panel(self) -> Panel:
         """The model's markers."""
         return self.contract.panel

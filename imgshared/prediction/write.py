@@ -21,7 +21,7 @@ from imgshared.data.normalise import Normaliser
 from imgshared.data.store import CellStore, StoreWriter, panel_table, refuse_existing
 from imgshared.methods.base import LatentMethod
 from imgshared.prediction.cells import Progress, predict_batches
-from imgshared.prediction.frames import OmeFrames
+from imgshared.prediction.frames import OmeFrames, refuse_frames
 from imgshared.prediction.images import in_raw
 from imgshared.prediction.run import Run
 from imgshared.prediction.trust import Trust, load_trust
@@ -91,19 +91,22 @@ def predict(
             f"{out} is, holds or lies in the store that is predicted: measured images are never overwritten"
         )
     refuse_existing(Path(out), overwrite)
+    if config.ome_tiff:
+        refuse_frames(store, Path(f"{out}.ome"), overwrite)
     job, cells, fabric = Job(run, store, targets, config, _trust(run, config)), np.arange(len(store)), run.fabric
     if fabric.world_size == 1:
         return _write(job, _predicted(job, cells), out, cells, overwrite, progress)
     parts = [Path(f"{out}.part{rank}") for rank in range(fabric.world_size)]
     share = _shares(len(store), config.batch_size, fabric.world_size)[fabric.global_rank]
     plain = replace(job, config=replace(config, ome_tiff=False))
-    _write(plain, _predicted(job, share), parts[fabric.global_rank], share, True, progress)
-    fabric.barrier()
-    if fabric.is_global_zero:
-        _write(job, _stored(parts, config.batch_size), out, cells, overwrite, progress)
-        for part in parts:
-            shutil.rmtree(part)
-    fabric.barrier()
+    try:
+        _write(plain, _predicted(job, share), parts[fabric.global_rank], share, True, progress)
+        fabric.barrier()
+        if fabric.is_global_zero:
+            _write(job, _stored(parts, config.batch_size), out, cells, overwrite, progress)
+        fabric.barrier()
+    finally:
+        shutil.rmtree(parts[fabric.global_rank], ignore_errors=True)
     return out
 
 
@@ -239,8 +242,7 @@ def _refuse_unknown_wishes(run: Run, config: PredictConfig) -> None:
         if getattr(config, wish) and not isinstance(run.method, LatentMethod):
             raise InputError(f"{wish}=true: {name} has no latents to rebuild a stain from; leave it out")
     run.refuse_sharp(config.sharp)
-    head = getattr(run.experiment.method, "head", getattr(run.experiment.method, "error", ""))
-    if config.scale and head not in ("laplace", "gaussian"):
+    if config.scale and not run.method.scaled:
         raise InputError(
             f"scale=true: this {name} predicts no spread; train with method.head=laplace (translator) or "
             "method.error=laplace (regression)"

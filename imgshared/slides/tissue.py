@@ -20,6 +20,7 @@ from imgshared.types import InputError
 
 THUMBNAIL = 2048  # px, the longer side at most
 BLOCK = 4096  # px of the level that are read at a time
+HELD = 2**26  # px of a mask that is read once; a larger one is read window by window
 SMOOTH, GROW = 16.0, 64.0  # px of the slide: from nuclei to tissue, and what belongs to its outermost cells
 
 
@@ -79,7 +80,11 @@ def read_tissue(slide: Slide, path: Path) -> Tissue:
     if shape not in known:
         told = ", ".join(f"{y} x {x}" for y, x in known)
         raise InputError(f"mask {path} is {shape[0]} x {shape[1]} pixels, the levels of {slide.path} are {told}")
-    return Tissue(partial(_window, path), (shape[0], shape[1]), slide.shape)
+    given = shape[0], shape[1]
+    if given[0] * given[1] > HELD:
+        return Tissue(partial(_window, path), given, slide.shape)
+    whole = _window(path, *(slice(0, side) for side in given))
+    return Tissue(lambda *at: whole[at], given, slide.shape)
 
 
 def _window(path: Path, rows: slice, columns: slice) -> NDArray[Any]:

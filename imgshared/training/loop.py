@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,11 +91,13 @@ class Trainer:
         method.prepare(self._stained, mix(experiment.seed, 1))
         if method.tables and self.config.balance == "panels":
             raise InputError("train.balance=panels may draw a cell twice at once, which free latents cannot: use cells")
+        self._refuse_empty_parts(len(cells["train"]))
         begin_run(experiment, run, resume, self.fabric)  # after all that may refuse the configuration
         if self.fabric.is_global_zero:
             (run / "contract.json").write_text(json.dumps(self.contract.to_dict(), indent=2) + "\n")
         self.feeds = {part: self._feed(store, rows, measured[rows]) for part, rows in cells.items()}
         self.method: Method = method.to(self.fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        method.world = self.fabric.world_size
         self.statistics = BatchStatistics(method, self.config.accumulate, self.fabric.world_size)
         self.position = Position()
         self.ema = Ema(method, self.config.ema) if self.config.ema else None
@@ -244,12 +247,14 @@ class Trainer:
         at, feed = self.position, self.feeds["val"]
         if (at.epoch + 1) % self.config.validate_every or not stage.validated:
             return
-        torch.manual_seed(mix(self.experiment.seed, at.stage, at.epoch, self.fabric.global_rank, 1))
         self.method.eval()
         self.method.progress = (at.epoch + 1) / stage.epochs
         meter = Meter()
         with self.ema.in_place() if self.ema else nullcontext(), self.fabric.autocast():
-            for batch in feed.once(max(1, self.config.batch_size)) if len(feed) else ():
+            batches = feed.once(max(1, self.config.batch_size)) if len(feed) else ()
+            for number, batch in enumerate(batches):
+                place = number * self.fabric.world_size + self.fabric.global_rank
+                torch.manual_seed(mix(self.experiment.seed, at.stage, at.epoch, place, 1))
                 terms = self.method.validate(batch)
                 weight = len(batch.index) if terms.count is None else terms.count
                 if weight:
@@ -277,6 +282,14 @@ class Trainer:
             if kind not in self._warned:
                 self._warned.add(kind)
                 self.log.say(f"[yellow]note, epoch {self.position.epoch}:[/] {sentence}")
+
+    def _refuse_empty_parts(self, cells: int) -> None:
+        parts, least = self.fabric.world_size * self.config.accumulate, min(self.config.batch_size, cells)
+        if parts > least:
+            raise InputError(
+                f"train.accumulate: a batch of {least} cells cannot be cut in {parts} parts: raise train.batch_size, "
+                "or lower accumulate or the number of processes"
+            )
 
     def _few_cells(self) -> Iterator[str]:
         counts = self._stained.sum(0).tolist()
@@ -354,7 +367,7 @@ class Trainer:
     def _feed(self, store: CellStore, cells: Any, stained: Any) -> Feed:
         channels, fabric = store.panel.indices(self.contract.panel.markers), self.fabric
         wish = self.config.residency
-        here = len(cells) * fabric.world_size  # every rank of this host holds them
+        here = len(cells) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # every process of this host holds them
         residency = choose_residency(wish, store, here, len(channels), fabric.device)
         if residency == "device" and self.augment.on_host:
             if wish == "device":
@@ -373,8 +386,8 @@ class Trainer:
     def _on_interrupt(self) -> Iterator[None]:
         """Ctrl-C and SIGTERM end the run after the current step, with a checkpoint."""
 
-        def ask(*_: object) -> None:
-            if self._stop_asked:  # asked twice: at once
+        def ask(number: int, *_: object) -> None:
+            if self._stop_asked and number == signal.SIGINT:  # Ctrl-C again: at once
                 raise KeyboardInterrupt
             self._stop_asked = True
 

@@ -387,6 +387,35 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     assert peak(12) - peak(2) < data.nbytes
 
 
+@pytest.mark.parametrize("size", [None, 0.7])
+@pytest.mark.parametrize("masked", [True, False])
+def test_images_scaled_one_by_one_are_told_also_where_they_are_resampled(tmp_path, size, masked):
+    for i in range(5):
+        data = make_image(("DNA",), seed=i).astype(float)
+        data = (65535 * (data - data.min()) / np.ptp(data)).astype(np.uint16)
+        write_image(tmp_path, f"{i}.ome.tif", ("DNA",), data, PhysicalSizeX=0.5, PhysicalSizeY=0.5)
+    tifffile.imwrite(tmp_path / "k.tif", make_mask())
+    rows = "".join(f"{i}.ome.tif,{'k.tif' if masked else ''}\n" for i in range(5))
+    small = SegmentSettings(min_diameter="6 px", max_diameter="40 px")
+    summary = run(write_manifest(tmp_path, "image,mask\n" + rows), pixel_size_um=size, crop_px=24, segment=small)
+    assert any("as if scaled one by one" in warning for warning in summary.warnings)
+
+
+def test_a_channel_that_is_damaged_is_named_by_its_own_file(tmp_path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    for name, plane in zip(("DNA", "P"), make_image(), strict=True):
+        tifffile.imwrite(folder / f"{name}.tif", plane, compression="zlib")
+    tifffile.imwrite(tmp_path / "k.tif", make_mask())
+    broken = bytearray((folder / "P.tif").read_bytes())
+    with tifffile.TiffFile(folder / "P.tif") as file:
+        start = file.pages[0].dataoffsets[0]
+    broken[start : start + 200] = b"\xff" * 200
+    (folder / "P.tif").write_bytes(broken)
+    with pytest.raises(InputError, match=r"P\.tif is damaged"):
+        run(write_manifest(tmp_path, "image,mask\none,k.tif\n"), pattern="{channel}.tif")
+
+
 @pytest.mark.skipif("IMGSHARED_REAL_DATA" not in os.environ, reason="IMGSHARED_REAL_DATA is not set")
 def test_real_regions_with_masks(tmp_path):
     folder = Path(os.environ["IMGSHARED_REAL_DATA"]).resolve() / "imc_spleen"

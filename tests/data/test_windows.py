@@ -37,7 +37,15 @@ def interleaved(path, data):
     return path
 
 
+def page_by_page(path, data):
+    with tifffile.TiffWriter(path) as writer:
+        for plane in data:
+            writer.write(plane, photometric="minisblack", compression="zlib", contiguous=False)
+    return path
+
+
 WRITERS = {
+    "page by page": (page_by_page, "a.tif"),
     "pyramid": (lambda path, data: write_pyramid(path, data, compression="deflate"), "a.ome.tif"),
     "tiled": (lambda path, data: flat(path, data, tile=(32, 48)), "a.ome.tif"),
     "strips": (lambda path, data: flat(path, data, compression="lzw", rowsperstrip=16), "a.ome.tif"),
@@ -57,7 +65,7 @@ def test_a_window_is_part_of_the_whole(tmp_path, kind, writers):
     write, name = writers[kind]
     data = pixels()
     path = write(tmp_path / name, data)
-    image = open_image(path, names=NAMES if kind == "interleaved" else ())
+    image = open_image(path, names=NAMES if kind in ("interleaved", "page by page") else ())
     with windows(image, ["CD45", "DNA"]) as read:
         found = read(*AT)
         assert found.dtype == np.uint16

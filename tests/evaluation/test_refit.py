@@ -166,3 +166,9 @@ def test_two_processes_train_a_fold_each_and_one_judges(nested, linear, toy, in_
         assert found[key] == nested.metrics[key]
     theirs, ours = (pd.read_csv(out / "tables" / "labels.csv") for out in (tmp_path / "out", nested.report.parent))
     pd.testing.assert_frame_equal(theirs, ours)
+
+
+def test_one_fold_is_not_for_several_processes(linear, toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="under torchrun leave it out"):
+        api.refit(linear, toy, tmp_path / "out", fold=1, config=CONFIG)

@@ -1,5 +1,6 @@
 """What was exported predicts what the run predicts, for images of any size, and carries its contract."""
 
+import io
 import json
 from dataclasses import replace
 
@@ -8,13 +9,23 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from rich.console import Console
 
 from imgshared import api
-from imgshared.config import ApolloConfig, RegressionConfig, SlideConfig, TranslatorConfig, TranslatorWeights
+from imgshared.config import (
+    ApolloConfig,
+    Experiment,
+    RegressionConfig,
+    SlideConfig,
+    TranslatorConfig,
+    TranslatorWeights,
+    validate,
+)
 from imgshared.data.ngff import open_ngff
 from imgshared.data.store import CellStore
 from imgshared.prediction import predict_image
 from imgshared.prediction.export import KEY, multiple_of
+from imgshared.prediction.trust import load_trust
 from imgshared.slides import predict_slide
 from imgshared.types import InputError
 
@@ -142,3 +153,21 @@ def test_what_cannot_be_opened_is_refused(exported, untrained, toy, image, tmp_p
     other = replace(one, contract=replace(one.contract, crop_px=32))
     with pytest.raises(InputError, match="crop size"):
         api.predict(other, toy, tmp_path / "p.zarr")
+
+
+def test_a_file_beside_its_run_has_no_calibration_of_its_own(tiny, toy, tmp_path):
+    """A translator's uncertainty is made of latents and scales that the file does not give."""
+    small = {"name": "translator", **SMALL, "epochs": 1, "head": "laplace", "weights": {"adversarial": 0, "sharp": 0}}
+    method = validate(Experiment, {"data": "x", "method": small}, "t").method
+    run = api.train(replace(tiny, method=method), out=tmp_path / "model", console=Console(file=io.StringIO()))
+    assert load_trust(run.path) is not None
+    path = api.export(run, tmp_path / "model.onnx")
+    out = api.predict(path, toy)
+    assert out == tmp_path / "model" / "predictions" / "cells.zarr"
+    assert set(CellStore(out).layers()) == {"measured"}
+    with pytest.raises(InputError, match="scale=true"):
+        api.predict(path, toy, tmp_path / "p.zarr", scale=True)
+    with pytest.raises(InputError, match="intervals=true"):
+        api.predict(path, toy, tmp_path / "p.zarr", intervals=True)
+    with pytest.raises(InputError, match="is an exported file"):
+        api.export(path, tmp_path / "again.onnx")

@@ -207,6 +207,12 @@ def test_two_ranks_learn_what_one_process_does(
     assert len(set(losses[0])) > 1
 
 
+def test_more_parts_than_cells_are_refused(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a batch of 16 cells cannot be cut in 17 parts"):
+        run(experiment(store, "train.accumulate=17"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_early_stopping_keeps_the_best(store: Path, tmp_path: Path) -> None:
     e = experiment(store, "method.encoder_epochs=30", "method.lr_encoder=0.3", "train.patience=2", "train.diverged=1e9")
     run(e, tmp_path / "run")
