@@ -71,7 +71,7 @@ def crops(rng: np.random.Generator, truth: NDArray[np.intp]) -> NDArray[np.float
     disc = np.hypot(y, x) < rng.uniform(10, 20, (CELLS, 1, 1))
     bright = 0.4 + 0.1 * truth + 0.1 * rng.normal(size=CELLS)
     images = disc * bright[:, None, None] + 0.1 * rng.random((CELLS, PX, PX))
-    return images.astype(np.float32)
+    return np.asarray(images, np.float32)
 
 
 def asked(backend: str, inputs: list[Any], truth: NDArray[np.intp], groups: NDArray[np.intp]) -> list[Job]:

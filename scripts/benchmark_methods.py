@@ -7,7 +7,8 @@
 DATA is the folder that holds bbbc013/ and imc_spleen/. Every method is its configs/<name>.yaml with the edition's
 changes below; a short calibration measures how fast it trains here, and its epochs are what fits into the time. A task
 is one training of one method: in a process of its own, with its share of the cores, never done twice (OUT keeps what is
-finished). A task that fails says so and the rest goes on. Where a task has one core, its seconds are processor time: on
+finished). A task that fails says so and the rest goes on; then nothing is
+recorded, and the exit code is 1. Where a task has one core, its seconds are processor time: on
 a machine shared with others the methods still get the same.
 
 Every score is of cells of held-out groups that show chromatin and the marker, in normalised units, predicted from
@@ -201,7 +202,8 @@ def main() -> None:
     workers = a.workers or (1 if torch.cuda.is_available() else 2)
     for jobs in (stores, grounds, speeds, tasks):
         run(jobs, workers)
-    results = a.record or out / "results"
+    failed = [w.name for w in tasks if not w.result.exists()]
+    results = a.record if a.record and not failed else out / "results"
     for name in a.datasets:
         mine = [w for w in tasks if w.job["name"]["dataset"] == name]
         methods_tables.write(
@@ -209,7 +211,9 @@ def main() -> None:
         )
         shown, quantiles = DATASETS[name].shown, DATASETS[name].quantiles
         methods_tables.picture(out, name, [w.result for w in mine], shown, quantiles)
-    methods_tables.tell(results, readme=a.readme, pictures=out, datasets=a.datasets)
+    methods_tables.tell(results, readme=a.readme and not failed, pictures=out, datasets=a.datasets)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(tasks)} tasks failed, so nothing was recorded: {', '.join(failed)}")
 
 
 def keep_settings(out: Path, settings: dict[str, Any]) -> None:
@@ -289,7 +293,6 @@ def run(jobs: Sequence[Work], workers: int) -> None:
     waiting = [w for w in jobs if not w.result.exists()]
     running: list[Work] = []
     took: list[float] = []
-    failed = 0
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -303,7 +306,6 @@ def run(jobs: Sequence[Work], workers: int) -> None:
             for work in [w for w in running if w.process and w.process.poll() is not None]:
                 running.remove(work)
                 took.append(time.monotonic() - work.began)
-                failed += not work.result.exists()
                 left = sum(took) / len(took) * len(waiting + running) / workers
                 said = "done" if work.result.exists() else f"FAILED: {last_words(work.log)}"
                 print(f"{work.name}: {said} in {took[-1]:.0f} s; about {left / 60:.0f} min left", flush=True)

@@ -71,7 +71,7 @@ class Bench:
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         method = build_method(settings, Panel(("DNA", "P"), "DNA"), crop)
         method.prepare(torch.ones(cells, 2, dtype=torch.bool), seed=0)
-        self.method: Method = method.to(device, memory_format=self.format)
+        self.method: Method = method.to(device).to(memory_format=self.format)
         if compiled:
             for network in self.method.children():
                 network.compile(mode="reduce-overhead" if device.type == "cuda" else None)  # with CUDA graphs
@@ -179,7 +179,7 @@ def compare(device: torch.device, steps: int) -> tuple[list[dict[str, object]], 
     return rows, variants[f"apollo, {named}"]
 
 
-def compare_compiled(device: torch.device, steps: int) -> list[dict[str, object]]:
+def compare_compiled(device: torch.device, steps: int) -> list[dict[str, Any]]:
     """Time steps with networks as they are and compiled, in turn."""
     rows = []
     for name in ("apollo_published", "translator"):
@@ -200,7 +200,9 @@ def measure_loading(bench: Bench, device: torch.device, steps: int) -> list[dict
     """Return the share of a step that waits for its batch."""
     with tempfile.TemporaryDirectory() as folder:
         store = random_store(Path(folder) / "cells.zarr", 16 * BATCH)
-        residencies: list[Residency] = ["memory", "stream"] + (["device"] if device.type == "cuda" else [])
+        residencies: list[Residency] = ["memory", "stream"]
+        if device.type == "cuda":
+            residencies.append("device")
         return [
             {
                 "crops": r,

@@ -14,6 +14,7 @@ import argparse
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -32,7 +33,8 @@ def main() -> None:
     parser.add_argument("tiff", type=Path, metavar="OME_TIFF")
     parser.add_argument("--bioformats", type=Path, help="jar")
     a = parser.parse_args()
-    names = [c["label"] for c in zarr.open_group(a.ngff, mode="r").attrs["ome"]["omero"]["channels"]]
+    ome: Any = zarr.open_group(a.ngff, mode="r").attrs["ome"]
+    names = [c["label"] for c in ome["omero"]["channels"]]
     (node,) = Reader(parse_url(str(a.ngff)))()
     scale = next(t["scale"] for t in node.metadata["coordinateTransformations"][0] if t["type"] == "scale")
     shapes = [level.shape for level in node.data]

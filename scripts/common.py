@@ -46,7 +46,7 @@ def metrics(report: Path) -> dict[str, pd.DataFrame]:
     return {name: pd.DataFrame(rows) for name, rows in plain.items() if isinstance(rows, list) and name != "summary"}
 
 
-def markdown(rows: Iterable[Mapping[str, Any]]) -> str:
+def markdown(rows: Iterable[Mapping[Any, Any]]) -> str:
     """Return rows as a Markdown table."""
     rows = list(rows)
     head = list(rows[0])

@@ -191,7 +191,7 @@ class Calibration(Trainer):
         seconds = []
         began = clock()
         for batch in itertools.chain.from_iterable(feed.epoch(e, augment=augment) for e in itertools.count()):
-            self._step(batch, stage, optimizers, meter)
+            self._step([batch], stage, optimizers, meter)
             if self.fabric.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(clock() - began)

@@ -14,11 +14,13 @@ import pandas as pd
 from common import ROOT, markdown, record
 from figures import scale_bar, show
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 import imgshared
 from imgshared.evaluation.figures import INK
 
-SCORES = {  # column: how a marker's row gives it, how it is written, what is best
+# column: how a marker's row gives it, how it is written, what is best
+SCORES: dict[str, tuple[str, str, Callable[..., float]]] = {
     "r": ("pearson", "{:.2f}", max),
     "gain over linear": ("gain", "{:+.2f}", max),
     "SSIM": ("ssim", "{:.2f}", max),
@@ -126,7 +128,7 @@ def ties(values: pd.DataFrame, best: Callable[..., float]) -> set[str]:
         return set()
     means = values.mean()
     first = means.index[list(means).index(best(list(means)))]
-    return {m for m in values if any(best([a, b]) == b for a, b in zip(values[first], values[m], strict=True))}
+    return {str(m) for m in values if any(best([a, b]) == b for a, b in zip(values[first], values[m], strict=True))}
 
 
 def details(result: dict[str, Any]) -> list[str]:
@@ -188,8 +190,8 @@ def picture(out: Path, dataset: str, paths: Sequence[Path], markers: Sequence[st
     rows = [(marker, k) for marker in markers for k in range(len(some[f"{marker}/real"]))]
     store = imgshared.open_store(out / "stores" / dataset / "cells.zarr")
     side = 1.05
-    figure = Figure(((2 + len(columns)) * side + 0.3, len(rows) * side + 0.35), facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)  # type: ignore[union-attr]
+    figure = Figure(((2 + len(columns)) * side + 0.3, len(rows) * side + 0.35), facecolor="white",
+                    layout=ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02))  # fmt: skip
     axes = figure.subplots(len(rows), 2 + len(columns), squeeze=False)
     for number, (line, (marker, k)) in enumerate(zip(axes, rows, strict=True)):
         dna, real = some[f"{marker}/dna"][k], some[f"{marker}/real"][k]

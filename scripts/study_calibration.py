@@ -34,17 +34,17 @@ METHODS = {
 }
 CELLS = 600  # of the judged donors whose sources are made odd
 Images = NDArray[Any]
-Row = dict[str, Any]
+Row = dict[Any, Any]
 
 
 def blurred(images: Images, other: Images) -> Images:
     """Out of focus."""
-    return ndimage.gaussian_filter(images, (0, 2, 2))
+    return np.asarray(ndimage.gaussian_filter(images, (0, 2, 2)))
 
 
 def saturated(images: Images, other: Images) -> Images:
     """Overexposed: the brightest quarter of all pixels is one value."""
-    return np.minimum(images * 4, np.percentile(images * 4, 75))
+    return np.asarray(np.minimum(images * 4, np.percentile(images * 4, 75)))
 
 
 def wrong_stain(images: Images, other: Images) -> Images:

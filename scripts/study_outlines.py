@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=2400)
     parser.add_argument("--record", type=Path, default=None, help="JSON to write (default: OUT/outlines.json)")
     a = parser.parse_args()
-    store = CellStore(stored(SimpleNamespace(out=a.out, cells=a.cells), a.seed))
+    store = CellStore(stored(argparse.Namespace(out=a.out, cells=a.cells), a.seed))
     rows = [row for marker in store.panel.proteins for row in read(store, marker)]
     record(a.record or a.out / "outlines.json", {"cells": len(store), "seed": a.seed, "rows": rows})
     print(markdown(rows))

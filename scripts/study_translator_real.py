@@ -90,7 +90,7 @@ def paired(a: argparse.Namespace) -> dict[str, Any]:
     run = trained("translator", store, a.out / "bbbc013" / "translator", *split, *MEAN, "method.epochs=20")
     report = run.path / "evaluation" / "cells"
     if not (report / "metrics.json").exists():
-        wish = {"labels": ["dose"], "label_values": ["low", "high"], "train_on": "train"}
+        wish: dict[str, Any] = {"labels": ["dose"], "label_values": ["low", "high"], "train_on": "train"}
         imgshared.evaluate(run, store, console=Console(), **wish)
     stains = metrics(report)["stains"]
     return {
@@ -170,8 +170,8 @@ def regions(a: argparse.Namespace) -> dict[str, Any]:
             labels.append({"region": region, "method": name, **_pulp(images, folder, region)})
     table = pd.DataFrame(rows)
     mean = table.pivot_table(index="marker", columns="method", values="r", sort=False)
-    gain = table.pivot_table(index=["marker", "region"], columns="method", values="r", sort=False)
-    gain = (gain["translator"] - gain["linear"]).groupby("marker", sort=False)
+    by_region = table.pivot_table(index=["marker", "region"], columns="method", values="r", sort=False)
+    gain = (by_region["translator"] - by_region["linear"]).groupby("marker", sort=False)
     shown = [
         {"marker": m, **mean.loc[m, list(IMC)].to_dict(), "gain over linear": float(gain.mean()[m]),
          "least": float(gain.min()[m]), "greatest": float(gain.max()[m])}

@@ -156,7 +156,7 @@ def subsets(run: Run, store: CellStore) -> list[dict[str, Any]]:
         errors = [_error(run, store, cells, marker, sources) for sources in given]
         row = {"chromatin": errors[0], "and one": float(np.mean(errors[1:-1])), "and all": errors[-1]}
         rows.append({"hidden": marker, "others": ", ".join(others), **row, "all / chromatin": errors[-1] / errors[0]})
-    mean = pd.DataFrame(rows).mean(numeric_only=True).to_dict()
+    mean = {str(k): v for k, v in pd.DataFrame(rows).mean(numeric_only=True).items()}
     return [*rows, {"hidden": "mean", "others": "", **mean}]
 
 
