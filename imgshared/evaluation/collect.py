@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from imgshared.data.features import central_frame, extent_features, frame, shape_features, stain_features
+from imgshared.data.features import Frame, central_frame, extent_features, frame, shape_features, stain_features
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore
 from imgshared.evaluation import fidelity
@@ -43,7 +43,8 @@ class Part:
         (n, F) by (marker, input), what classifiers learn from, in one frame for all cells; the input ``chromatin``
         stands under the chromatin marker and holds the nuclear shape too. Zero rows where the marker is not measured.
     morphology
-        (n, F) by (marker, input), of real and predicted stains about each cell's own outline: `morphology.NAMES`.
+        (n, F) by (marker, input), of real and predicted stains and of the marker's mean training picture, about each
+        cell's own outline: `morphology.NAMES`.
     crops
         (n, Y, X) float16 by (marker, input), only where a network is to read them.
     latents
@@ -157,7 +158,7 @@ def collect(
         if against is not None:
             tables.append(fidelity.compare(done, panel.markers, panel.chromatin_index, against))
             tables[-1]["position"] += start
-            _keep_morphology(part, done, rows, panel)
+            _keep_morphology(part, done, rows, panel, against)
             if bright is not None:
                 _keep_checks(part, done, start, panel, bright)
         if trust is not None:
@@ -176,7 +177,7 @@ def collect(
         part.trust = pd.concat(trusted, ignore_index=True)
     floors = fit or against
     if floors is not None and features is not None:
-        _keep_means(part, panel, floors, features)
+        _keep_means(part, store, panel, floors, features)
     return part
 
 
@@ -197,12 +198,13 @@ def _inputs(done: PredictedCells, panel: Panel) -> Iterator[tuple[tuple[str, str
                     yield (marker, name), images[:, channel]
 
 
-def _keep_morphology(part: Part, done: PredictedCells, rows: slice, panel: Panel) -> None:
-    where = frame(done.masks)
-    for key, images in _inputs(done, panel):
-        if key[1] in COMPARED:
-            values = np.hstack([stain_features(images, where), extent_features(images, where)])
-            _rows(part.morphology, key, len(part.cells), values.shape[1:], np.float32)[rows] = values
+def _keep_morphology(part: Part, done: PredictedCells, rows: slice, panel: Panel, floors: Floors) -> None:
+    outline = frame(done.masks)
+    inputs = {key: images for key, images in _inputs(done, panel) if key[1] in COMPARED}
+    inputs |= {(m, MEAN): picture for m, picture in _pictures(panel, floors, len(done.cells)) if (m, "real") in inputs}
+    for key, images in inputs.items():
+        values = np.hstack([stain_features(images, outline), extent_features(images, outline)])
+        _rows(part.morphology, key, len(part.cells), values.shape[1:], np.float32)[rows] = values
 
 
 def _keep_checks(part: Part, done: PredictedCells, start: int, panel: Panel, bright: Bright) -> None:
@@ -214,22 +216,35 @@ def _keep_checks(part: Part, done: PredictedCells, start: int, panel: Panel, bri
     part.checks = pd.concat(tables, ignore_index=True) if tables else part.checks
 
 
+def where(masks: NDArray[np.bool_], radius: float) -> Frame:
+    """Return where the features of (n, Y, X) cells are measured that classifiers learn from: one frame for all."""
+    return central_frame(len(masks), masks.shape[-1], radius)
+
+
 def _keep_features(part: Part, done: PredictedCells, rows: slice, panel: Panel, radius: float) -> None:
-    where = central_frame(len(done.cells), done.real.shape[-1], radius)
     for key, images in _inputs(done, panel):
-        values = stain_features(images, where)
+        values = stain_features(images, where(done.masks, radius))
         if key[1] == "chromatin":
             values = np.hstack([values, shape_features(done.masks)])
         _rows(part.features, key, len(part.cells), values.shape[1:], np.float32)[rows] = values
 
 
-def _keep_means(part: Part, panel: Panel, floors: Floors, radius: float) -> None:
-    """Give every cell the mean training picture of each marker: what must tell nothing."""
+def _keep_means(part: Part, store: CellStore, panel: Panel, floors: Floors, radius: float) -> None:
+    """Show the mean training picture of each marker in place of every cell's, on the same way: it must tell nothing."""
+    for start, block in _blocks(part.cells):
+        masks = store.masks(block)
+        for marker, images in _pictures(panel, floors, len(block)):
+            values = stain_features(images, where(masks, radius))
+            kept = _rows(part.features, (marker, MEAN), len(part.cells), values.shape[1:], np.float32)
+            kept[start : start + len(block)] = values
+
+
+def _pictures(panel: Panel, floors: Floors, cells: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield (marker, its mean training picture so many times) where it has one."""
     for marker in panel.proteins:
         if floors.known(panel.index(marker)):
-            picture = floors.marker_mean(panel.index(marker))[None]
-            values = stain_features(picture, central_frame(1, picture.shape[-1], radius))
-            part.features[marker, MEAN] = np.broadcast_to(values, (len(part.cells), values.shape[1]))
+            picture = floors.marker_mean(panel.index(marker))
+            yield marker, np.broadcast_to(picture, (cells, *picture.shape))
 
 
 def _keep_latents(part: Part, done: PredictedCells, rows: slice) -> None:

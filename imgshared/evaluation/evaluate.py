@@ -63,9 +63,9 @@ class Evaluation:
         See `probes.probe`.
     pictures, contradictions, latent_maps
         What the report's pictures show: see `figure_data`.
-    leaks, cautions
-        What the result may not be believed for, and what the images themselves bring along: see `guard.cohort`. Empty
-        as they should be.
+    leaks, unsound, cautions
+        What the result may not be believed for (`guard.cohort`), which controls failed (`verdict.unsound`), and what
+        the images themselves bring along. Empty as they should be.
     notes
         What was left out and why, and what the reader must know, in words.
     summary
@@ -98,6 +98,7 @@ class Evaluation:
     contradictions: pd.DataFrame
     latent_maps: pd.DataFrame
     leaks: list[str]
+    unsound: list[str]
     cautions: list[str]
     notes: list[str]
     summary: list[str]
@@ -149,7 +150,9 @@ def evaluate(
     say("report", 0, 1)
     report = write_report(Shown(run, looked, tables, summary, notes), out / "report.html")
     tables["cells"] = _cell_table(looked.test, looked.config)
-    plain: dict[str, Any] = {"leaks": looked.leaks, "cautions": looked.cautions, "summary": summary, "notes": notes}
+    unsound = verdict.unsound(tables["controls"])
+    plain: dict[str, Any] = {"leaks": looked.leaks, "unsound": unsound, "cautions": looked.cautions}
+    plain |= {"summary": summary, "notes": notes}
     plain["cells_used"] = {part: used for part, (used, _) in looked.counts().items()}
     plain["cells"] = {part: total for part, (_, total) in looked.counts().items()}
     plain["splits"] = [
@@ -171,6 +174,7 @@ def evaluate(
         **tables,
         probabilities=probabilities,
         leaks=looked.leaks,
+        unsound=unsound,
         cautions=looked.cautions,
         notes=notes,
         summary=summary,
@@ -205,7 +209,7 @@ def _judge(looked: Study, cache: Path, say: Progress) -> tuple[dict[str, pd.Data
     tables["pictures"] = figure_data.pictures(test)
     tables["contradictions"] = figure_data.contradictions(test.maps)
     tables["latent_maps"] = figure_data.latent_points(test, panel.chromatin)
-    return tables, told.probabilities, verdict.unsound(told.controls) + told.notes
+    return tables, told.probabilities, told.notes
 
 
 def _told_of(run: Run, looked: Study) -> Iterator[str]:

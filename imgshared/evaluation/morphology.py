@@ -2,7 +2,9 @@
 
 What a biologist publishes is seldom a picture: it is that a stain's area, place, texture or foci differ between
 conditions. So each feature is correlated across cells, real against predicted, and each difference between the classes
-of a label is measured twice, on real and on predicted stains of the same held-out cells.
+of a label is measured twice, on real and on predicted stains of the same held-out cells. Both are measured about each
+cell's own outline, as is done in the field, and that outline alone moves features: so a third time on the marker's mean
+picture, which knows nothing of a cell. What that shows again, a prediction need not have known.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from numpy.typing import NDArray
 from imgshared import metrics
 from imgshared.data.features import EXTENT_NAMES, STAIN_NAMES
 from imgshared.data.panel import Panel
-from imgshared.evaluation.collect import COMPARED, Part
+from imgshared.evaluation.collect import COMPARED, MEAN, Part
 from imgshared.evaluation.labels import Label
 
+Table = NDArray[np.float32]
 NAMES = (*STAIN_NAMES, *EXTENT_NAMES)
 FAMILIES = {
     "stain_": "area and shape",
@@ -46,7 +49,7 @@ def correlate(part: Part, panel: Panel, groups: NDArray[Any]) -> pd.DataFrame:
     where the feature does not vary.
     """
     rows = []
-    for marker, cells, real, predicted in _pairs(part, panel):
+    for marker, cells, real, predicted, _ in _measured(part, panel):
         at = groups[cells]
         for k, name in enumerate(NAMES):
             found = metrics.estimate(
@@ -67,47 +70,50 @@ def differ(part: Part, panel: Panel, label: Label, groups: NDArray[Any]) -> tupl
     Returns
     -------
     effects
-        One row a contrast x marker x feature: `family`, Cohen's d `real` and `predicted`, each with `_low` and `_high`,
-        and `outcome`: found ``again`` with the same sign, ``reversed``, ``missed``, ``in the prediction alone``, ``in
-        neither``.
+        One row a contrast x marker x feature: `family`, Cohen's d `real`, `predicted` and `mean_picture`, each with
+        `_low` and `_high`, and `outcome`: found ``again`` with the same sign, ``reversed``, ``missed``, ``in the
+        prediction alone``, ``in neither``; `by_outline`, whether the mean picture shows the real difference again.
     conditions
         One row a contrast x marker: how many `features`, how many `differ` in real stains, how many of these are found
-        `again`, `reversed` and `missed`, how many differ in the prediction `alone`; `same_sign`, the share of the real
-        differences whose predicted d has their sign; `slope` of predicted on real effects through the origin (1: as
-        large, 0: gone); `ranking`, the Spearman correlation of the effects over the features, with its interval.
+        `again`, `reversed` and `missed`, how many differ in the prediction `alone`; `by_outline`, how many of the real
+        differences the mean picture shows again; `same_sign`, the share of the real differences whose predicted d has
+        their sign; `slope` of predicted on real effects through the origin (1: as large, 0: gone); `ranking`, the
+        Spearman correlation of the effects over the features, with its interval.
     """
     effects: list[dict[str, Any]] = []
     conditions: list[dict[str, Any]] = []
-    for marker, cells, real, predicted in _pairs(part, panel):
+    for marker, cells, *stains in _measured(part, panel):
         known = label.codes[cells] >= 0
         codes, at = label.codes[cells][known], groups[cells][known]
         for name, positive in _contrasts(label, codes):
             if min(positive.sum(), (~positive).sum()) < 2:
                 continue
             row = {"label": label.name, "contrast": name, "marker": marker}
-            unit = real[known].T
+            unit = stains[0][known].T
             sides = [
                 [metrics.effect_size(at, positive, x, over) for x, over in zip(values[known].T, unit, strict=True)]
-                for values in (real, predicted)
+                for values in stains
             ]
             here = []
-            for feature, one, other in zip(NAMES, *sides, strict=True):
-                a, b = metrics.estimate(at, one), metrics.estimate(at, other)
+            for feature, *statistics in zip(NAMES, *sides, strict=True):
+                a, b, mean = (metrics.estimate(at, s) for s in statistics)
                 here.append({**row, "feature": feature, "family": family(feature), **_named("real", a),
-                             **_named("predicted", b), "outcome": _outcome(a, b)})  # fmt: skip
+                             **_named("predicted", b), **_named("mean_picture", mean), "outcome": _outcome(a, b),
+                             "by_outline": _outcome(a, mean) == AGAIN})  # fmt: skip
             effects += here
-            ranking = metrics.estimate(at, metrics.rank_agreement(*_varying(sides, at)), metrics.SIGNED)
+            ranking = metrics.estimate(at, metrics.rank_agreement(*_varying(sides[:2], at)), metrics.SIGNED)
             conditions.append({**row, **_count(pd.DataFrame(here)), **_named("ranking", ranking)})
     return pd.DataFrame(effects), pd.DataFrame(conditions)
 
 
-def _pairs(part: Part, panel: Panel) -> Iterator[tuple[str, NDArray[np.intp], NDArray[Any], NDArray[Any]]]:
-    """Yield (marker, cells with it and chromatin, their real and predicted features)."""
+def _measured(part: Part, panel: Panel) -> Iterator[tuple[str, NDArray[np.intp], Table, Table, Table]]:
+    """Yield (marker, cells with it and chromatin, their real and predicted features, those of the mean picture)."""
     for marker in panel.proteins:
         cells = np.flatnonzero(part.measured[:, panel.index(marker)] & part.measured[:, panel.chromatin_index])
         if len(cells):
             real, predicted = (part.morphology[marker, given][cells] for given in COMPARED)
-            yield marker, cells, real, predicted
+            mean = part.morphology.get((marker, MEAN))
+            yield marker, cells, real, predicted, np.full_like(real, np.nan) if mean is None else mean[cells]
 
 
 def _contrasts(label: Label, codes: NDArray[np.intp]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
@@ -151,6 +157,7 @@ def _count(effects: pd.DataFrame) -> dict[str, Any]:
     energy = float((real**2).sum())
     return {
         "features": len(effects), "differ": int(differing.sum()), "again": int(again), "reversed": int(turned),
-        "missed": int(missed), "alone": int(alone), "same_sign": float(same.mean()) if len(same) else np.nan,
+        "missed": int(missed), "alone": int(alone), "by_outline": int(effects["by_outline"].sum()),
+        "same_sign": float(same.mean()) if len(same) else np.nan,
         "slope": float((real * predicted).sum() / energy) if energy > 0 else np.nan,
     }  # fmt: skip

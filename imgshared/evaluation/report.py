@@ -14,7 +14,7 @@ import pandas as pd
 
 from imgshared.config import EvaluateConfig, dump
 from imgshared.data.panel import Panel
-from imgshared.evaluation import figures, tables, words
+from imgshared.evaluation import figures, tables, verdict, words
 from imgshared.evaluation.collect import Part
 from imgshared.evaluation.figures import Example
 from imgshared.evaluation.matrix import BOTH
@@ -61,7 +61,7 @@ def write_report(shown: Shown, path: Path) -> Path:
     html = environment.get_template("report.html.j2").render(
         title=shown.run.path.name,
         chromatin=shown.panel.chromatin,
-        stamps=[("Leaking: do not cite", shown.study.leaks), ("Caution", shown.study.cautions)],
+        stamps=verdict.stamps(shown.study.leaks, found["controls"], shown.study.cautions),
         summary=shown.summary,
         notes=shown.notes,
         cards=_cards(shown),

@@ -247,8 +247,8 @@ def condition_table(conditions: pd.DataFrame) -> Table | None:
     """How the differences between classes come out in predicted stains, a row a contrast and stain."""
     if conditions.empty:
         return None
-    counts = ("differ", "again", "missed", "reversed", "alone")
-    head = ["label", "contrast", "stain", "differ in real", "found again", "missed", "reversed",
+    counts = ("differ", "again", "by_outline", "missed", "reversed", "alone")
+    head = ["label", "contrast", "stain", "differ in real", "found again", "by outline alone", "missed", "reversed",
             "in the prediction alone", "same sign", "slope", "ranking"]  # fmt: skip
     rows = []
     for row in conditions.to_dict("records"):

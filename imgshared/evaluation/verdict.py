@@ -123,13 +123,21 @@ def sentences(stains: pd.DataFrame, labels: pd.DataFrame, chromatin: str) -> lis
 
 
 def unsound(controls: pd.DataFrame) -> list[str]:
-    """Say which controls did not come out as they must."""
+    """Say which controls did not come out as they must: no verdict on their labels holds."""
     failed = controls[~controls["sound"]] if len(controls) else controls
     return [
-        f"THIS STUDY IS UNSOUND for {r['label']} ({r['backend']}): {r['control']} must be at chance and reaches AUROC "
-        f"{r['value']:.2f}{_interval(metrics.Estimate(r['value'], r['low'], r['high']))}; do not use its verdicts"
+        f"{r['label']} ({r['backend']}): {r['control']} must be at chance and reaches AUROC {r['value']:.2f} "
+        f"[{r['low']:.2f}, {r['high']:.2f}]"
         for r in failed.to_dict("records")
     ]
+
+
+def stamps(leaks: Sequence[str], controls: pd.DataFrame, cautions: Sequence[str]) -> list[tuple[str, Sequence[str]]]:
+    """Return what every page must bear, and why: (words, reasons), the gravest first."""
+    every = (
+        ("Leaking: do not cite", leaks), ("Unsound: do not use its verdicts", unsound(controls)), ("Caution", cautions)
+    )  # fmt: skip
+    return [(words, reasons) for words, reasons in every if reasons]
 
 
 def differences(conditions: pd.DataFrame) -> list[str]:
@@ -143,6 +151,9 @@ def differences(conditions: pd.DataFrame) -> list[str]:
         each = [f"{r['marker']} {r['again']} of {r['differ']}" for r in shown.to_dict("records")]
         text = f"{label}, {contrast}: features that differ in real cells and differ so again in predicted ones: "
         text += _list(each) + "."
+        if shown["by_outline"].any():
+            floor = [f"{r['marker']} {r['by_outline']}" for r in shown.to_dict("records") if r["by_outline"]]
+            text += f" The nuclear outline alone, about one mean picture for all cells, shows {_list(floor)}."
         turned, alone = int(part["reversed"].sum()), int(part["alone"].sum())
         if turned or alone:
             text += f" {turned} differ the other way round, {alone} in predicted cells alone: do not report those."

@@ -9,6 +9,7 @@ import pandas as pd
 
 from imgshared.evaluation.imputability import LOW
 from imgshared.evaluation.study import Study
+from imgshared.evaluation.verdict import stamps
 from imgshared.prediction import Run
 
 
@@ -64,7 +65,7 @@ def methods(run: Run, study: Study) -> str:
 def model_card(run: Run, study: Study, tables: dict[str, pd.DataFrame], summary: list[str], notes: list[str]) -> str:
     """Write one page of Markdown: what the model is, what it may be used for, how far each stain can be trusted."""
     lines = [f"# Model card: {run.path.name}", ""]
-    for word, reasons in (("LEAKING, do not cite", study.leaks), ("Caution", study.cautions)):
+    for word, reasons in stamps(study.leaks, tables["controls"], study.cautions):
         lines += [f"**{word}**: {reason}." for reason in reasons]
     split = "nested folds" if study.nested else f"{run.split.by} {', '.join(run.split.train)}"
     lines += [

@@ -1,5 +1,6 @@
 """The whole evaluation on planted signals: what can be known is found, what cannot stays at chance."""
 
+import copy
 import json
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -9,6 +10,8 @@ import pandas as pd
 import pytest
 
 from imgshared.config import EvaluateConfig
+from imgshared.data.features import frame
+from imgshared.evaluation import collect
 from imgshared.evaluation.evaluate import evaluate
 from imgshared.types import InputError
 
@@ -147,6 +150,26 @@ def test_labels_are_not_needed(world, run, store, tmp_path):
     assert found.classifiers.empty
     assert found.metrics["cells_used"] == {"train": 80, "test": 80}
     assert "a random sample" in found.report.read_text()
+
+
+def test_a_constant_picture_tells_nothing_and_a_harness_in_which_it_does_is_stamped(world, run, tmp_path, monkeypatch):
+    cells = copy.copy(world)
+    cells.obs = world.obs.assign(big=np.where(world.obs["size"] > world.obs["size"].median(), "big", "small"))
+    store, config = cells.store(tmp_path / "cells.zarr"), EvaluateConfig(labels=("big",))
+    sound = evaluate(run, store, tmp_path / "sound", config, predict=world.predict)
+    control = sound.controls.set_index("control").loc["marker mean"]
+    assert (control["value"], control["sound"], sound.unsound) == (0.5, True, [])
+    assert "Unsound" not in sound.report.read_text()
+
+    monkeypatch.setattr(collect, "where", lambda masks, radius: frame(masks))  # features about each cell's own outline
+    leaking = evaluate(run, store, tmp_path / "leaking", config, predict=world.predict)
+    control = leaking.controls.set_index("control").loc["marker mean"]
+    assert control["value"] > 0.8
+    assert "marker mean must be at chance and reaches AUROC" in leaking.unsound[0]
+    page, card = leaking.report.read_text(), (tmp_path / "leaking" / "model_card.md").read_text()
+    assert "Unsound: do not use its verdicts: see the first page" in page
+    assert "**Unsound: do not use its verdicts**: big (features): marker mean" in card
+    assert json.loads((tmp_path / "leaking" / "metrics.json").read_text())["unsound"] == leaking.unsound
 
 
 def test_results_of_two_evaluations_never_mix(done, world, run, store, tmp_path):

@@ -10,6 +10,7 @@ from imgshared.data.panel import Panel
 from imgshared.evaluation import morphology
 from imgshared.evaluation.collect import Part
 from imgshared.evaluation.labels import read_label
+from imgshared.evaluation.verdict import differences
 
 PANEL = Panel(("DNA", "P"), "DNA")
 N, GROUPS = 400, np.arange(400) % 10
@@ -104,6 +105,33 @@ def test_a_faithful_prediction_has_all_of_it_and_half_the_effect_half_the_slope(
     row = differ(part(halve))[1].iloc[0]
     assert 0.4 < row["slope"] < 0.6
     assert 0.9 < row["ranking_low"] < row["ranking"] < 1
+
+
+def test_what_the_mean_picture_shows_again_is_counted_apart():
+    def plant(real, predicted, drug):
+        for values in (real, predicted):
+            for side in (drug == 0, drug == 1):
+                values[side] -= values[side].mean(0)  # nothing differs by chance
+            values[drug == 1, :4] += 2
+
+    cells = part(plant)
+    drug = (cells.obs["drug"] == "treated").to_numpy()
+    mean = np.zeros_like(cells.morphology["P", "real"])  # it moves with the outline in two features, once the other way
+    mean[drug, 0], mean[drug, 1], mean[drug, 10] = 2, -2, 2
+    cells.morphology["P", "marker mean"] = mean
+    effects, conditions = differ(cells)
+    assert (conditions["again"].item(), conditions["by_outline"].item()) == (4, 1)
+    by = effects.set_index("feature")
+    assert list(by.index[by["by_outline"]]) == [morphology.NAMES[0]]
+    assert by["mean_picture"].iloc[0] == pytest.approx(2, abs=0.2)
+    assert by["mean_picture"].iloc[5] == 0
+    (said,) = differences(conditions)
+    assert "P 4 of 4. The nuclear outline alone, about one mean picture for all cells, shows P 1." in said
+    cells.morphology.pop(("P", "marker mean"))
+    effects, conditions = differ(cells)
+    assert conditions["by_outline"].item() == 0
+    assert effects["mean_picture"].isna().all()
+    assert "outline" not in differences(conditions)[0]
 
 
 def test_nothing_differs_where_nothing_was_planted():

@@ -82,6 +82,7 @@ def test_an_unsound_control_is_shouted():
     row = {"label": "drug", "backend": "features", "control": "marker mean", "low": 0.7, "high": 0.9}
     table = pd.DataFrame([{**row, "value": 0.8, "sound": False}, {**row, "value": 0.5, "sound": True}])
     (said,) = verdict.unsound(table)
-    assert "UNSOUND for drug" in said
-    assert "0.80" in said
-    assert verdict.unsound(pd.DataFrame()) == []
+    assert said == "drug (features): marker mean must be at chance and reaches AUROC 0.80 [0.70, 0.90]"
+    assert verdict.stamps(["seen"], table, []) == [("Leaking: do not cite", ["seen"]),
+                                                   ("Unsound: do not use its verdicts", [said])]  # fmt: skip
+    assert verdict.stamps([], pd.DataFrame(), []) == []
