@@ -96,6 +96,7 @@ def main() -> None:
 def summary(coverage: list[Row], risk: list[Row], odd: list[Row]) -> dict[str, Any]:
     """Put the rows in a few tables."""
     shares = pd.DataFrame(coverage)
+    shares = shares[shares["score"].isin(["pixels", "cell", "abstain"])]
     within = shares.pivot_table("value", ["method", "marker"], "score", sort=False).reset_index()
     both = within.groupby("method", sort=False).mean(numeric_only=True).reset_index().assign(marker="mean")
     curves = pd.DataFrame(risk).set_index(["method", "seed", "marker", "kept"])["error"]

@@ -2,8 +2,9 @@
 
     python scripts/study_intervals.py [--repeats 1000] [--groups 3 5 8 16] [--record JSON]
 
-Each repeat draws groups with effects of their own and 60 cells each: the mean of a value, a correlation, an AUROC, the
-gap between two AUROCs of the same cells, Cohen's d. The truth is the score over very many groups.
+Each repeat draws groups with effects of their own and 60 cells each: the mean of a value, a correlation, R2, an AUROC
+(both classes in every group, or one a group), the gap between two AUROCs of the same cells, Cohen's kappa, Cohen's d.
+The truth is the score over very many groups.
 """
 
 from __future__ import annotations
@@ -47,6 +48,28 @@ def auroc(rng: np.random.Generator, count: int) -> World:
     return g, _auroc(rng, g, truth, 1.2, 0.4, rng.normal(0, 0.3, count)[g])
 
 
+def auroc_of_groups(rng: np.random.Generator, count: int) -> World:
+    """AUROC of a score where a group is of one class: groups of the two in turn."""
+    g = np.repeat(np.arange(count), CELLS)
+    return g, _auroc(rng, g, g % 2, 1.2, 0.4, rng.normal(0, 0.3, count)[g])
+
+
+def r2(rng: np.random.Generator, count: int) -> World:
+    """R2 of a prediction whose slope and offset are each group's own."""
+    g = np.repeat(np.arange(count), CELLS)
+    a = rng.normal(0, 0.3, count)[g] + rng.normal(size=len(g))
+    predicted = rng.normal(0.8, 0.1, count)[g] * a + rng.normal(0, 0.2, count)[g] + rng.normal(0, 0.4, len(g))
+    return g, metrics.r2(g, a, predicted)
+
+
+def kappa(rng: np.random.Generator, count: int) -> World:
+    """Cohen's kappa of two answers that agree more often in some groups than in others."""
+    g = np.repeat(np.arange(count), CELLS)
+    one = (rng.random(len(g)) < rng.beta(6, 4, count)[g]).astype(np.intp)
+    same = rng.random(len(g)) < rng.beta(8, 2, count)[g]
+    return g, metrics.kappa(g, one, np.where(same, one, 1 - one))
+
+
 def gap(rng: np.random.Generator, count: int) -> World:
     """AUROC of one score minus that of another, of the same cells."""
     g = np.repeat(np.arange(count), CELLS)
@@ -71,7 +94,8 @@ def _auroc(
 
 
 WORLDS: dict[str, Callable[[np.random.Generator, int], World]] = {
-    "mean": mean, "correlation": correlation, "AUROC": auroc, "gap of AUROC": gap, "Cohen's d": effect,
+    "mean": mean, "correlation": correlation, "R2": r2, "AUROC": auroc, "AUROC, a class a group": auroc_of_groups,
+    "gap of AUROC": gap, "kappa": kappa, "Cohen's d": effect,
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ def compare(run: Run, trust: Trust, done: PredictedCells) -> pd.DataFrame:
 
     `position` (row in `done`), `marker`, `pixels` (share of them within their intervals), `cell` (whether its mean
     intensity is), `width` (mean half width of its pixels), `error` (mean absolute error of its pixels), `ood`,
-    `abstain`.
+    `abstain`, `limit` (the width from which on it does; of the marker).
     """
     chromatin = run.panel.chromatin_index
     odd, raw = trust.odd(trust.describe(done, run.source_channel)), in_raw(run, done)
@@ -35,7 +35,7 @@ def compare(run: Run, trust: Trust, done: PredictedCells) -> pd.DataFrame:
             "pixels": (error <= half).mean((1, 2)),
             "cell": np.abs(means[:, 0] - means[:, 1]) <= trust.cells(means[:, 1], channel),
             "width": width, "error": error.mean((1, 2)), "ood": odd[known],
-            "abstain": trust.abstain(width, odd[known], channel),
+            "abstain": trust.abstain(width, odd[known], channel), "limit": trust.limit[channel],
         }  # fmt: skip
         tables.append(pd.DataFrame({"position": known, "marker": marker, **columns}))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
@@ -45,7 +45,8 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Summarise `compare`'s rows, joined with a column `group`.
 
     One row a marker x score with `value`, `low`, `high` over groups, `cells`: ``pixels`` and ``cell``, the share within
-    their intervals; ``abstain``, the share of cells that are better not predicted.
+    their intervals; ``abstain``, the share of cells that are better not predicted; ``limit``, the mean half width from
+    which on that is so (normalised units; the median of a nested study's models; inf: from none).
     """
     rows = []
     for marker, part in table.groupby("marker", sort=False) if len(table) else ():
@@ -53,6 +54,8 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             statistic = metrics.mean(part["group"], part[name])
             value = metrics.estimate(part["group"], statistic, metrics.SHARE)
             rows.append({"marker": marker, "score": name, **value._asdict(), "cells": len(part)})
+        limit = metrics.Estimate(float(part["limit"].median()), np.nan, np.nan)
+        rows.append({"marker": marker, "score": "limit", **limit._asdict(), "cells": len(part)})
     return pd.DataFrame(rows)
 
 

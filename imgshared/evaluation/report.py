@@ -21,6 +21,7 @@ from imgshared.evaluation.matrix import BOTH
 from imgshared.evaluation.study import Study
 from imgshared.evaluation.verdict import CLEARS, NOT_INFERIOR, TOLD_BY_REAL
 from imgshared.prediction import Run
+from imgshared.prediction.trust import ODD
 from imgshared.training.log import read_metrics
 
 MAPS = 4  # columns of the latent maps
@@ -75,6 +76,7 @@ def write_report(shown: Shown, path: Path) -> Path:
         fidelity=tables.fidelity_table(found["fidelity"]),
         checks=tables.check_table(found["checks"]),
         coverage=tables.coverage_table(found["coverage"]),
+        odd=f"{100 * ODD:g}",
         risk=figures.risk(found["risk"]) if len(found["risk"]) else None,
         contradictions=figures.contradictions(shown.test.maps) if shown.test.maps else None,
         groups=tables.group_table(found["groups"], shown.config.group),

@@ -154,8 +154,16 @@ def coverage_table(table: pd.DataFrame) -> Table | None:
     for marker, part in table.groupby("marker", sort=False):
         scores = part.set_index("score")
         rows.append([_text(marker), *(_value(scores.loc[name]) for name in ("pixels", "cell", "abstain"))])
-        rows[-1].append(_count(int(part["cells"].iloc[0])))
-    return ["stain", "pixels within", "cell means within", "better not predicted", "cells"], rows
+        limit = scores.loc["limit", "value"]
+        rows[-1] += [_number(limit) if np.isfinite(limit) else _text("never"), _count(int(part["cells"].iloc[0]))]
+    return [
+        "stain",
+        "pixels within",
+        "cell means within",
+        "better not predicted",
+        "from a half width of",
+        "cells",
+    ], rows
 
 
 def check_table(table: pd.DataFrame) -> Table | None:

@@ -119,7 +119,7 @@ def test_predict_writes_uncertainty_oddness_and_whether_to_abstain(sure, toy, tm
     assert found.obsm["interval_images"].shape == found.obsm["predicted_images"].shape
     assert (found.obsm["interval_images"] > 0).all()
     with tifffile.TiffFile(next((tmp_path / "p.zarr.ome").iterdir())) as file:
-        assert "P1 (90% interval)" in file.ome_metadata
+        assert "P1_imputed_uncertainty" in file.ome_metadata
         assert file.series[0].shape[1] == 3 + 2 * 2
 
 
@@ -145,7 +145,12 @@ def test_coverage_and_risk_are_told_in_the_report(sure, toy, tmp_path):
     shares = found.coverage.set_index(["marker", "score"])["value"]
     assert 0.5 < shares["P1", "pixels"] <= 1
     assert set(found.risk["kept"]) == set(coverage.KEPT)
-    assert "calibrated on the validation groups" in found.report.read_text()
+    page = found.report.read_text()
+    assert "calibrated on the validation groups" in page
+    assert "less like the training cells&#39; than 99% of the calibration cells" in page
+    limit = load_trust(sure.path).limit[1]
+    assert shares["P1", "limit"] == limit
+    assert (f"{limit:.2f}" if np.isfinite(limit) else "never") in page
     assert {"width", "ood", "abstain"} <= set(found.cells)
 
 
