@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from imgshared.training.checkpoint import Contract, load, save
 from imgshared.training.devices import average_gradients, gather_rows, make_fabric
 from imgshared.training.ema import Ema
 from imgshared.training.folder import begin_run, best_path, last_path, samples_path
+from imgshared.training.interrupt import Interrupt
 from imgshared.training.log import RunLog
 from imgshared.training.meter import MEASURE, Meter
 from imgshared.training.position import Position
@@ -105,7 +105,7 @@ class Trainer:
         if tree:
             self._take_up(tree)
         self.log = RunLog(run, self.position.total, active=self.fabric.is_global_zero, console=console)
-        self._stop_asked, self._warned, self._last = False, set[str](), dict[str, float]()
+        self.interrupt, self._warned, self._last = Interrupt(), set[str](), dict[str, float]()
 
     def fit(self) -> None:
         """Run the remaining stages."""
@@ -120,7 +120,7 @@ class Trainer:
         stages = self.method.stages
         self.watch = self._watch()
         try:
-            with self._on_interrupt():
+            with self.interrupt.heard():
                 for stage in stages[self.position.stage :]:
                     self._run_stage(stage)
             if not (stages[-1].monitored and best_path(self.run).exists()):
@@ -218,7 +218,7 @@ class Trainer:
 
     def _agree(self, due: bool) -> tuple[bool, bool]:
         """Say whether a checkpoint is due and whether to stop: rank 0 decides, for ranks must not differ."""
-        answer = (due, self._stop_asked)
+        answer = (due, self.interrupt.asked)
         return answer if self.fabric.world_size == 1 else self.fabric.broadcast(answer)
 
     def _report(self, meter: Meter, stage: Stage) -> None:
@@ -381,25 +381,6 @@ class Trainer:
             self.experiment.seed, fabric.global_rank, fabric.world_size, self.config.balance, stained,
             self.config.accumulate,
         )  # fmt: skip
-
-    @contextmanager
-    def _on_interrupt(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the current step, with a checkpoint."""
-
-        def ask(number: int, *_: object) -> None:
-            if self._stop_asked and number == signal.SIGINT:  # Ctrl-C again: at once
-                raise KeyboardInterrupt
-            self._stop_asked = True
-
-        try:
-            before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: the caller handles signals
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _plain_state(optimizer: Adam) -> dict[str, Any]:
