@@ -63,6 +63,15 @@ def test_gradients_of_reconstruction_are_the_textbook_ones():
         torch.testing.assert_close(leaf.grad, expected / a.numel())
 
 
+@pytest.mark.parametrize("kind", ["bce", "mse"])
+def test_descending_reconstruction_draws_the_target(kind):
+    logits, target = normal(2, 1, 3, 3), torch.rand(2, 1, 3, 3, generator=torch.Generator().manual_seed(1))
+    leaf = logits.clone().requires_grad_()
+    assert gradcheck(lambda x: reconstruction(x, target, kind), leaf, eps=1e-2, atol=1e-2)  # it computes in float32
+    descend(lambda: reconstruction(leaf, target, kind), leaf, steps=600)
+    torch.testing.assert_close(torch.sigmoid(leaf.detach()).float(), target, atol=0.02, rtol=0)
+
+
 def test_reconstruction_is_float32_whatever_the_autocast():
     _, _, a, b = images()
     expected = reconstruction(a.bfloat16().float(), b, "bce")
@@ -82,6 +91,21 @@ def test_latent_norm_has_a_finite_gradient_at_zero():
     z = torch.zeros(3, 4, requires_grad=True)
     latent_norm(z).backward()
     assert torch.equal(z.grad, torch.zeros(3, 4))
+
+
+def test_descending_the_norm_shrinks_a_latent():
+    z = normal(4, 3).requires_grad_()
+    descend(lambda: latent_norm(z), z, steps=400, lr=0.02)
+    assert z.detach().abs().max() < 0.05
+
+
+def test_kl_is_the_integral_of_the_log_ratio():
+    mean, log_std, x = 0.7, -0.4, np.linspace(-12, 12, 40_001)
+    std = np.exp(log_std)
+    log_p = -0.5 * ((x - mean) / std) ** 2 - np.log(std)
+    integral = np.trapezoid(np.exp(log_p) * (log_p + 0.5 * x**2), x) / np.sqrt(2 * np.pi)
+    found = gaussian_kl(torch.full((1, 2), mean).double(), torch.full((1, 2), log_std).double())
+    assert found.item() == pytest.approx(integral, rel=1e-6)
 
 
 def test_kl_agrees_with_torch_distributions():

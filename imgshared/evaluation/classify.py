@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -249,9 +250,15 @@ def _contrast(
             rows.append({**row, "contrast": f"{one} - {other}", **gap._asdict()})
     if "predicted" in found and "real" in found:
         a, b = (metrics.auroc(groups, truth, found[given]) for given in ("predicted", "real"))
-        share = metrics.estimate(groups, lambda c: (a(c) - 0.5) / (b(c) - 0.5))
+        share = metrics.estimate(groups, partial(_share, a, b))
         rows.append({**row, "contrast": SHARE, **share._asdict()})
     return rows
+
+
+def _share(one: metrics.Statistic, other: metrics.Statistic, counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """One AUROC above chance over another; NaN where that is at chance."""
+    above, whole = one(counts) - 0.5, other(counts) - 0.5
+    return np.divide(above, whole, out=np.full(len(counts), np.nan), where=whole != 0)
 
 
 def _agree(row: dict[str, Any], found: dict[str, Probabilities], groups: NDArray[Any]) -> list[dict[str, Any]]:

@@ -17,7 +17,16 @@ from imgshared.data.store import CellStore
 from imgshared.evaluation.evaluate import evaluate
 
 
-@pytest.mark.parametrize("method", [{"name": "regression", "channels": [4, 8], "epochs": 1}, {"name": "linear"}])
+SMALL: list[dict[str, object]] = [
+    {"name": "regression", "channels": [4, 8], "epochs": 1},
+    {"name": "linear"},
+    {"name": "pix2pix", "channels": [4, 8], "discriminator_channels": [4], "epochs": 1},
+    {"name": "cut", "width": 4, "blocks": 1, "discriminator_channels": [4], "epochs": 1},
+    {"name": "cyclegan", "width": 4, "blocks": 1, "discriminator_channels": [4], "epochs": 1},
+]
+
+
+@pytest.mark.parametrize("method", SMALL, ids=lambda m: str(m["name"]))
 def test_a_method_without_latents_is_judged(
     method: dict[str, object], tiny: Experiment, toy: CellStore, tmp_path: Path
 ) -> None:

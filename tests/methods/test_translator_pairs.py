@@ -40,7 +40,7 @@ def make(settings: dict[str, Any] | None = None, *, measured: Tensor | None = No
     return method, Batch(torch.arange(len(measured)), images, measured)
 
 
-@pytest.mark.parametrize("term", ["cross", "agreement"])
+@pytest.mark.parametrize("term", ["cross", "agreement", "sharp"])
 def test_terms_of_pairs_are_refused_without_pairs(term: str) -> None:
     with pytest.raises(InputError) as refused:
         make(weighing(**{term: 0.1}), measured=UNPAIRED)

@@ -1,11 +1,14 @@
 """Whole images with the weights of crops."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from imgshared.config import RegressionConfig, TranslatorConfig
-from imgshared.prediction import predict_image
+from imgshared.data.store import CellStore
+from imgshared.prediction import predict_cells, predict_image
 from imgshared.types import InputError
 
 TRANSLATOR = TranslatorConfig(channels=(8, 12), marker_dim=4)
@@ -25,6 +28,19 @@ def test_a_field_and_a_crop_of_it_agree_inside(untrained, field, config):
     inside, span = (slice(None), slice(28, -28), slice(28, -28)), float(np.ptp(whole))
     np.testing.assert_allclose(part[inside], whole[:, 32:96, 48:112][inside], atol=1e-4 * span)
     assert np.abs(part - whole[:, 32:96, 48:112]).max() > 1e-2 * span  # at the border they know different things
+
+
+@pytest.mark.parametrize("config", [TRANSLATOR, RegressionConfig(channels=(4, 8))], ids=lambda c: c.name)
+def test_cells_of_a_store_are_predicted_as_the_field_about_them(untrained, make_store, tmp_path, config):
+    run, store = untrained(config), CellStore(make_store(tmp_path / "cells.zarr", cells=6, px=64))
+    run = replace(run, contract=replace(run.contract, crop_px=64))
+    crops = predict_cells(run, store, np.arange(6)).images["predicted"]
+    crops = run.normaliser.inverse(torch.from_numpy(crops)).numpy()[:, run.panel.indices(run.panel.proteins)]
+    for crop, drawn in zip(store.images(np.arange(6)), crops, strict=True):
+        field = np.pad(crop, ((0, 0), (64, 64), (48, 48)), mode="wrap")  # the cell with neighbours on all sides
+        whole = predict_image(run, field, store.panel.markers)[:, 64:128, 48:112]
+        inside, span = (slice(None), slice(28, -28), slice(28, -28)), float(np.ptp(whole))
+        np.testing.assert_allclose(drawn[inside], whole[inside], atol=1e-4 * span)
 
 
 def test_a_field_is_normalised_and_inverted_as_the_cells_were(untrained, field):
