@@ -1,12 +1,12 @@
 """Real fields and regions through the slide path, held against the field path; and what tiles do to networks that
 normalise by the whole image.
 
-    python scripts/study_slides.py DATA OUT NESTED [--record benchmarks/slides_real.json]
+    python scripts/study_slides.py DATA OUT [--record benchmarks/slides_real.json]
 
-DATA holds bbbc013/ and imc_spleen/, NESTED is the folder of study_nested.py, whose runs predict. The wells of bbbc013
-become one OME-Zarr plate, which is predicted whole; each region of imc_spleen is a slide with its mask of cells. For
-both the greatest difference from `predict_image` is told. `cut`, trained for 3 epochs on bbbc013, is asked how much
-neighbouring pixels differ at the borders of tiles and of its blended windows, and elsewhere.
+DATA holds bbbc013/ and imc_spleen/. The wells of bbbc013 become one OME-Zarr plate, which is predicted whole; each
+region of imc_spleen is a slide with its mask of cells. For both the greatest difference from `predict_image` is told.
+`cut` is asked how much neighbouring pixels differ at the borders of tiles and of its blended windows, and elsewhere.
+translator and cut are trained for 1 and 3 epochs: how well they predict is not the question here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 import anndata
 import numpy as np
 import pandas as pd
+import study_bbbc013
+import study_imc_spleen
 import zarr
 from common import ROOT, markdown, record
 from numpy.typing import NDArray
@@ -36,6 +38,8 @@ from imgshared.slides.pyramid import ChannelLook, image_metadata
 from imgshared.slides.tiles import OVERLAP, Blended
 
 TILE = 256
+MEAN = ("method.weights.adversarial=0", "method.weights.sharp=0")
+COUNTS = ("normalise.transform=arcsinh", "normalise.cofactor=1", "normalise.low=0")
 
 
 def main() -> None:
@@ -43,14 +47,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("nested", type=Path)
     parser.add_argument("--record", type=Path, default=ROOT / "benchmarks" / "slides_real.json", help="JSON to write")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
-    bbbc013, spleen = (load_run(a.nested / part / "run") for part in ("bbbc013", "imc_spleen"))
-    plate = plate_of(a.data / "bbbc013", a.out / "bbbc013.ome.zarr")
-    rows = [wells(bbbc013, plate, a.out), *regions(spleen, a.data / "imc_spleen", a.out)]
-    seams = borders(cut(a.nested / "bbbc013" / "cells.zarr", a.out / "cut"), plate, a.out)
+    data = a.data.resolve()
+    wells_store = study_bbbc013.prepared(data / "bbbc013", a.out / "bbbc013")
+    regions_store = study_imc_spleen.prepared(data / "imc_spleen", a.out / "imc_spleen", "crop_px=64")
+    bbbc013 = trained("translator", wells_store, a.out / "translator_bbbc013", *MEAN, "method.epochs=1")
+    spleen = trained("translator", regions_store, a.out / "translator_imc_spleen", *MEAN, "method.epochs=1", *COUNTS)
+    plate = plate_of(data / "bbbc013", a.out / "bbbc013.ome.zarr")
+    rows = [wells(bbbc013, plate, a.out), *regions(spleen, data / "imc_spleen", a.out)]
+    seams = borders(trained("cut", wells_store, a.out / "cut", "method.epochs=3"), plate, a.out)
     record(a.record, {"slides": rows, "seams": seams})
     print(markdown(rows), "\n")
     print(markdown(seams))
@@ -123,11 +130,11 @@ def row_of(what: str, count: int, gaps: list[tuple[Any, Any]]) -> dict[str, Any]
     }
 
 
-def cut(store: Path, out: Path) -> Run:
-    """Train CUT for a moment."""
+def trained(method: str, store: Path, out: Path, *wish: str) -> Run:
+    """Train for a moment, once."""
     if not (out / "checkpoints" / "best.safetensors").exists():
-        wish = [f"data={store}", "method.epochs=3", "split.test=0.25", "split.val=0.15"]
-        imgshared.train(load(Experiment, ROOT / "configs" / "cut.yaml", wish), out=out, console=Console())
+        settings = [f"data={store}", "split.test=0.25", "split.val=0.25", *wish]
+        imgshared.train(load(Experiment, ROOT / "configs" / f"{method}.yaml", settings), out=out, console=Console())
     return load_run(out)
 
 
