@@ -154,11 +154,11 @@ class SlideConfig:
 
     markers: tuple[str, ...] | None = None  # None: every protein of the model
     sources: tuple[str, ...] | None = None  # None: those that the method is bound to, else chromatin
-    channels: tuple[str, ...] | None = None  # channel names in file order, where the image does not name them
-    pixel_size_um: Positive | None = None  # where the image does not say
+    channels: tuple[str, ...] | None = None  # channel names in file order, in place of those that the image gives
+    pixel_size_um: Positive | None = None  # in place of what the image says
     resample: bool = False  # bring an image of another pixel size to the model's
     normaliser: Literal["checkpoint", "slide"] = "checkpoint"  # slide: percentiles of its sources from the whole slide
-    # Outside of tissue nothing is predicted: otsu finds it on a thumbnail of the first source; or a mask's path.
+    # Outside of tissue predicted pixels are 0: otsu finds it on a thumbnail of the first source; or a mask's path.
     tissue: str | None = None
     measured: bool = False  # also the slide's own channels, to look at beside the predicted ones
     sharp: bool = False  # the output with texture in place of the mean, where the method has one
@@ -166,7 +166,7 @@ class SlideConfig:
     cells: str | None = None  # a label mask of the slide: also a table of measured and predicted intensities a cell
     dtype: Literal["auto", "uint8", "uint16", "float32"] = "auto"  # of the predicted pixels; auto: the slide's
     tile: Annotated[int, Field(ge=256, multiple_of=256)] = 1024  # px; memory grows with it, the result does not change
-    skip_damaged: bool = False  # leave out what cannot be read of a damaged file, and say where
+    skip_damaged: bool = False  # leave out what cannot be read, and what would be predicted from it, and say where
 
 
 @dataclass(config=CLOSED, frozen=True)

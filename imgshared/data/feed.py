@@ -127,6 +127,8 @@ class Feed:
 
     def _gather(self, rows: Tensor, geometry: Any, seed: int) -> tuple[Tensor, Tensor]:
         raw = self._read(self.cells[rows.numpy()]) if self._crops is None else self._crops[rows.to(self._crops.device)]
+        if raw.dtype == torch.int16:
+            raw = raw.to(torch.int32) & 0xFFFF
         return rows, geometry(raw, seed) if geometry else raw
 
     def _finish(self, rows: Tensor, raw: Tensor) -> Batch:
@@ -147,7 +149,7 @@ class Feed:
     def _read(self, cells: NDArray[np.integer[Any]]) -> Tensor:
         crops = self._pick(self.store.images(cells))
         if crops.dtype == np.uint16 and self.residency == "device":
-            crops = crops.astype(np.int32)  # torch indexes uint16 on the CPU alone
+            crops = crops.view(np.int16)  # the same bits, for torch indexes uint16 on the CPU alone
         return torch.from_numpy(np.ascontiguousarray(crops))
 
     def _pick(self, values: NDArray[Any]) -> NDArray[Any]:
@@ -170,7 +172,7 @@ def choose_residency(
     if wish != "auto":
         return wish
     bytes_ = cells * channels * store.crop_px**2 * max(store.dtype.itemsize, 1)
-    if device.type == "cuda" and 2 * bytes_ < torch.cuda.mem_get_info(device)[0] // 2:
+    if device.type == "cuda" and bytes_ < torch.cuda.mem_get_info(device)[0] // 2:
         return "device"
     return "memory" if bytes_ < _free_memory() // 2 else "stream"
 

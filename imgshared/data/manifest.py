@@ -183,6 +183,8 @@ def _read_table(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the table twice: with inferred types, and all as written (a well '01' is no number)."""
     if is_plate(path):
         return _plate_table(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give a table, CSV or Parquet, with a row an image, or an OME-Zarr plate")
     if not path.is_file():
         raise InputError(f"no table at {path}")
     try:
@@ -203,8 +205,22 @@ def _read_table(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return table.reset_index(drop=True), text.reset_index(drop=True)
 
 
+def without_fields(plate: Path) -> str:
+    """Tell how to prepare a plate without what is damaged."""
+    return (
+        "Copy the plate again, or leave them out: in its place give a CSV with a row for each of the other fields, in "
+        f"the columns image ({plate.name}/A/1/0, ...) and well"
+    )
+
+
 def _plate_table(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    fields = plate_fields(path)
+    try:
+        fields = plate_fields(path)
+    except InputError as error:
+        raise InputError(f"{error}. {without_fields(path)}") from error
+    if lost := [f"well {f.well} field {f.field}" for f in fields if not (path / f.path).exists()]:
+        told = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
+        raise InputError(f"{path} names {len(lost)} field(s) that are not there: {told}. {without_fields(path)}")
     columns = {"image": [f"{path.name}/{f.path}" for f in fields], "well": [f.well for f in fields]}
     columns |= {name: [getattr(f, name) for f in fields] for name in ("row", "column", "field")}
     table = pd.DataFrame(columns, dtype=str)

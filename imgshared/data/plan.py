@@ -3,14 +3,16 @@ written, and refuses what cannot be used before any work is done."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from imgshared.data.manifest import Manifest, ManifestRow
-from imgshared.data.panel import Panel, guess_chromatin, nearest
+from imgshared.data.manifest import Manifest, ManifestRow, without_fields
+from imgshared.data.ngff import is_plate
+from imgshared.data.panel import Panel, guess_chromatin, is_imputed, nearest
 from imgshared.data.readers import ImageFile, open_channels, open_image, open_mask
 from imgshared.types import InputError
 
@@ -51,10 +53,8 @@ def make_plan(
     pattern: str | None,
 ) -> Plan:
     """Read all headers, fix panel, dtype and pixel size, and refuse what cannot be used."""
-    known: dict[str, str] = {}  # lower-case name or alias -> marker, in order of first appearance
-    for marker, others in aliases.items():
-        known.update({name.lower(): marker for name in (marker, *others)})
-    opened = [_open(row, channels, pattern) for row in table.rows]
+    known = _known(aliases)
+    opened = _open_all(table, channels, pattern)
     held = [_markers_of(row, file, known) for row, file in zip(table.rows, opened, strict=True)]
     panel = _panel(list(dict.fromkeys(m for names in held for m in names)), chromatin, markers, aliases)
     first, sources = opened[0], []
@@ -71,10 +71,41 @@ def make_plan(
         held_here = {panel.markers.index(m): name for m, name in names.items() if m in panel.markers}
         sources.append(Source(row, file, held_here, shape, own))
     size = pixel_size_um or _common_pixel_size(sources)
-    warnings = [] if table.group_column else ["the manifest has no group column: each image is a group of its own"]
+    warnings = _left_out(opened)
+    warnings += [] if table.group_column else ["the manifest has no group column: each image is a group of its own"]
     if size is None:
         warnings.append("pixel size unknown: positions are in pixels; source_pixel_size_um gives it")
     return Plan(panel, tuple(sources), first.dtype, size, tuple(warnings))
+
+
+def _known(aliases: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Return lower-case name or alias -> marker, to which the names of files are added as they appear."""
+    known = {name.lower(): marker for marker, others in aliases.items() for name in (marker, *others)}
+    if predicted := [name for name in known if is_imputed(name)]:
+        raise InputError(
+            f"aliases: {', '.join(predicted)} is the name of a prediction, never of a marker: leave it out"
+        )
+    return known
+
+
+def _open_all(table: Manifest, channels: Sequence[str], pattern: str | None) -> list[ImageFile]:
+    """Open every image; of a plate, name all fields that cannot be opened."""
+    opened, problems = list[ImageFile](), dict[str, InputError]()
+    for row in table.rows:
+        try:
+            opened.append(_open(row, channels, pattern))
+        except InputError as error:
+            if not is_plate(table.path):
+                raise
+            well, field = table.labels.loc[row.image, ["well", "field"]]
+            problems[f"well {well} field {field}"] = error
+    if problems:
+        first = next(iter(problems.values()))
+        if not opened:  # what all lack is no damage
+            raise first
+        told = ", ".join([*problems][:5]) + (", ..." if len(problems) > 5 else "")
+        raise InputError(f"{len(problems)} field(s) cannot be opened: {told} ({first}). {without_fields(table.path)}")
+    return opened
 
 
 def _open(row: ManifestRow, channels: Sequence[str], pattern: str | None) -> ImageFile:
@@ -89,21 +120,41 @@ def _open(row: ManifestRow, channels: Sequence[str], pattern: str | None) -> Ima
 
 
 def _markers_of(row: ManifestRow, file: ImageFile, known: dict[str, str]) -> dict[str, str]:
-    """Return marker -> the file's name for it; the manifest's promise, where there is one, says which to take."""
+    """Return marker -> the file's name for it; the manifest's promise, where there is one, says which to take.
+
+    Predicted channels are none of them.
+    """
+    measured = [name for name in file.channels if not is_imputed(name)]
+    promises = [name for name in row.channels if not is_imputed(name)]
+    if not measured:
+        raise InputError(
+            f"{row.path} holds predictions alone ({', '.join(file.channels)}): give the image that was stained, or "
+            "predict it with measured=true"
+        )
     names: dict[str, str] = {}
-    for name in file.channels:
+    for name in measured:
         marker = known.setdefault(name.lower(), name)
         if marker in names:
             raise InputError(f"{row.path} holds the marker {marker!r} twice, as {names[marker]!r} and {name!r}")
         names[marker] = name
-    for promised in row.channels:
+    for promised in promises:
         if known.get(promised.lower(), promised) not in names:
             raise InputError(
-                f"the manifest promises the marker {promised!r} of {row.path}, which holds {', '.join(file.channels)}."
-                f"{nearest(promised, file.channels)}"
+                f"the manifest promises the marker {promised!r} of {row.path}, which holds {', '.join(measured)}."
+                f"{nearest(promised, measured)}"
             )
-    wanted = {known[p.lower()] for p in row.channels} or set(names)
+    wanted = {known[p.lower()] for p in promises} or set(names)
     return {marker: name for marker, name in names.items() if marker in wanted}
+
+
+def _left_out(files: Sequence[ImageFile]) -> list[str]:
+    """Say which channels are no measurements."""
+    found = [[name for name in file.channels if is_imputed(name)] for file in files]
+    names = dict.fromkeys(itertools.chain.from_iterable(found))
+    if not names:
+        return []
+    count = sum(map(bool, found))
+    return [f"predicted channels of {count} image(s) are no measurements and were left out: {', '.join(names)}"]
 
 
 def _panel(

@@ -6,30 +6,24 @@ intensities, and nothing is rescaled silently.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import re
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
-import tifffile
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from imgshared.data.ngff import is_ngff, open_ngff
+from imgshared.data.planes import open_planes
+from imgshared.data.tiff import names_and_pixel_size, open_tiff, shape_of
 from imgshared.types import InputError
 
 DTYPES = ("uint8", "uint16", "float32")
 TIFF_SUFFIXES, PILLOW_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8"), (".png",)
 SUFFIXES = (".ome.tiff", ".ome.tif", ".ome.btf", ".ome.zarr", ".zarr", *TIFF_SUFFIXES, *PILLOW_SUFFIXES)
-MICROMETRES = {"m": 1e6, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "nm": 1e-3, "pm": 1e-6}
-_PLACEHOLDER = re.compile(r"(channel|chan|ch|c)?[\s:_-]*\d+(:\d+)*", re.IGNORECASE)  # what writers put for "no name"
-_BROKEN = (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, struct.error, tifffile.TiffFileError)
 
 
 @dataclass(frozen=True)
@@ -229,72 +223,13 @@ def _open_png(path: Path) -> ImageFile:
     return ImageFile(path, (), (1, y, x), np.dtype(dtypes[mode]))
 
 
-@contextlib.contextmanager
-def open_tiff(path: Path) -> Iterator[tifffile.TiffFile]:
-    """Open a TIFF; damage becomes an InputError, also damage that tifffile only logs."""
-    complaints: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: complaints.append(record.getMessage())  # type: ignore[method-assign]
-    logger = tifffile.tifffile.logger()
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            _check_whole(path, tiff)
-            if any("invalid" in c or "corrupt" in c for c in complaints):
-                raise ValueError(complaints[0])
-            yield tiff
-    except _BROKEN as error:
-        raise InputError(f"{path} is truncated, damaged or no TIFF ({error}): copy it again") from error
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate
-
-
-def _check_whole(path: Path, tiff: tifffile.TiffFile) -> None:
-    size = path.stat().st_size
-    for page in tiff.pages:
-        ends = [o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
-        if ends and max(ends) > size:
-            raise ValueError(f"{size} bytes, but its pixels should reach to byte {max(ends)}")
-
-
 def _open_tiff(path: Path) -> ImageFile:
     with open_tiff(path) as tiff:
-        shape, pages = _layout(path, tiff)
-        dtype = np.dtype((pages or tiff.series)[0].dtype)
-        names, size = _ome(path, tiff) if tiff.is_ome else _imagej(tiff) if tiff.is_imagej else ((), None)
+        shape, (names, size) = shape_of(path, tiff), names_and_pixel_size(path, tiff)
+        dtype = np.dtype(tiff.series[0].dtype)
     if names and len(names) != shape[0]:
         raise InputError(f"{path} holds {shape[0]} channel(s), but its metadata names {len(names)}: {', '.join(names)}")
     return ImageFile(path, names, shape, dtype, size)
-
-
-def series_apart(tiff: tifffile.TiffFile) -> list[int]:
-    """Return the series of each channel where pages were written one by one; none where one series holds all."""
-    series = tiff.series[0]
-    if len(tiff.series) < 2 or series.axes != "YX" or tiff.is_ome:
-        return []
-    return [k for k, s in enumerate(tiff.series) if s.axes == "YX" and s.shape == series.shape]
-
-
-def _layout(path: Path, tiff: tifffile.TiffFile) -> tuple[tuple[int, int, int], list[Any]]:
-    """Return (C, Y, X) and the page of each channel, no pages where channels do not lie one a page."""
-    series = tiff.series[0]
-    if apart := series_apart(tiff):
-        pages: list[Any] = [tiff.series[k].pages[0] for k in apart]
-        return (len(pages), series.shape[0], series.shape[1]), pages
-    sizes = dict(zip(series.axes, series.shape, strict=True))
-    for axis, word in (("Z", "focal planes"), ("T", "time points")):
-        if sizes.get(axis, 1) > 1:
-            raise InputError(f"{path} holds {sizes[axis]} {word}: project or split it to one plane a channel first")
-    if sizes.get("S", 1) > 1 and series.axes.endswith("S") and series.keyframe.photometric == 2:
-        raise InputError(f"{path} is an RGB picture: save one grey-scale channel a stain")
-    stack = [n for axis, n in sizes.items() if axis not in "YX" and n > 1]
-    if len(stack) > 1 or "Y" not in sizes or "X" not in sizes:
-        raise InputError(f"{path} has axes {series.axes} {series.shape}: it should be channels, rows and columns (CYX)")
-    count = stack[0] if stack else 1
-    pages = [p for p in series.pages if p is not None]
-    return (count, sizes["Y"], sizes["X"]), pages if len(pages) == count else []
 
 
 def read_planes(path: Path, indices: Sequence[int]) -> NDArray[Any]:
@@ -308,46 +243,11 @@ def read_planes(path: Path, indices: Sequence[int]) -> NDArray[Any]:
         except (OSError, SyntaxError, ValueError) as error:
             raise InputError(f"{path} is truncated or damaged ({error})") from error
     with open_tiff(path) as tiff:
-        (count, y, x), pages = _layout(path, tiff)
-        if pages:
-            planes = np.stack([np.squeeze(pages[i].asarray()).reshape(y, x) for i in indices])
-        else:
-            series = tiff.series[0]
-            stack = next((i for i, axis in enumerate(series.axes) if axis not in "YX" and series.shape[i] == count), 0)
-            planes = np.moveaxis(series.asarray(), stack, 0).reshape(count, y, x)[list(indices)]
-    return native(planes)
+        _, height, width = shape_of(path, tiff)
+        with open_planes(tiff, indices) as read:
+            return native(read(slice(0, height), slice(0, width)))
 
 
 def native(planes: NDArray[Any]) -> NDArray[Any]:
     """Return pixels contiguous, in this machine's byte order."""
     return np.ascontiguousarray(planes.astype(planes.dtype.newbyteorder("="), copy=False))
-
-
-def _ome(path: Path, tiff: tifffile.TiffFile) -> tuple[tuple[str, ...], float | None]:
-    """Return channel names (empty where any is missing or a placeholder) and pixel size of the first image."""
-    pixels = ElementTree.fromstring(tiff.ome_metadata or "<OME/>").find(".//{*}Image/{*}Pixels")
-    if pixels is None:
-        return (), None
-    names = tuple((c.get("Name") or "").strip() for c in pixels.findall("{*}Channel"))
-    sizes = []
-    for axis in "XY":
-        value, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
-        if value is not None and unit in MICROMETRES:
-            sizes.append(float(value) * MICROMETRES[unit])
-    if len(sizes) == 2 and abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
-        raise InputError(f"{path}: pixels are not square ({sizes[0]:g} x {sizes[1]:g} µm): resample it first")
-    named = bool(names) and all(n and not _PLACEHOLDER.fullmatch(n) for n in names)
-    return (names if named else ()), (sizes[0] if sizes and sizes[0] > 0 else None)
-
-
-def _imagej(tiff: tifffile.TiffFile) -> tuple[tuple[str, ...], float | None]:
-    """Return ImageJ's slice labels where there is one a channel, and the pixel size."""
-    meta = tiff.imagej_metadata or {}
-    labels = meta.get("Labels") or []
-    labels = [labels] if isinstance(labels, str) else labels
-    names = tuple(str(n).strip() for n in labels) if len(labels) == meta.get("images", 1) else ()
-    factor = MICROMETRES.get(str(meta.get("unit", "")).replace("\\u00B5", "µ"))
-    resolution = tiff.pages.first.tags.get("XResolution")
-    if factor is None or resolution is None or not resolution.value[0]:
-        return names, None
-    return names, factor * resolution.value[1] / resolution.value[0]

@@ -168,14 +168,23 @@ class CellStore:
 
     @cached_property
     def panel(self) -> Panel:
-        """The markers in channel order."""
+        """The markers in channel order.
+
+        Raises
+        ------
+        InputError
+            Where the cells were predicted, not measured.
+        """
+        if self.info.get("kind") == "predictions":
+            raise InputError(
+                f"{self.path} holds predictions, not measured cells: give the store that they were made of, "
+                f"{self.info.get('store')}"
+            )
         var: pd.DataFrame = anndata.io.read_elem(self._root["var"])
         aliases = {str(m): tuple(str(text).split(";")) for m, text in var["aliases"].items() if text}
         chromatin = var.index[var["chromatin"].to_numpy(bool)]
         if not len(chromatin):
-            raise InputError(
-                f"{self.path} holds no chromatin stain: it is a store of predictions, not of measured cells"
-            )
+            raise InputError(f"{self.path} holds no chromatin stain: it is no store that `imgshared prepare` wrote")
         return Panel(tuple(map(str, var.index)), str(chromatin[0]), aliases)
 
     @property

@@ -9,26 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tifffile
-import zarr
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from imgshared.data.ngff import is_ngff, open_ngff
-from imgshared.data.readers import (
-    PILLOW_SUFFIXES,
-    TIFF_SUFFIXES,
-    ImageFile,
-    native,
-    open_mask,
-    open_tiff,
-    read_planes,
-    series_apart,
-)
+from imgshared.data.planes import Read as Read
+from imgshared.data.planes import open_planes
+from imgshared.data.readers import PILLOW_SUFFIXES, TIFF_SUFFIXES, ImageFile, native, open_mask, read_planes
 from imgshared.data.store import is_store
+from imgshared.data.tiff import open_tiff
 from imgshared.types import InputError
 
-Read = Callable[[slice, slice], NDArray[Any]]
 Span = tuple[slice, slice]
 
 
@@ -54,8 +45,8 @@ def level_shapes(path: Path) -> list[tuple[int, int]]:
 def windows(image: ImageFile, channels: Sequence[str], level: int = 0) -> Iterator[Read]:
     """Open an image, and yield what reads a window (rows, columns) of some channels, (n, Y, X) in the image's dtype.
 
-    Memory and time are bounded by the window where the image is tiled or not compressed: compressed strips are decoded
-    over their whole width, again for each window.
+    Memory and time are bounded by the window where the image is tiled or not compressed; compressed strips are decoded
+    over their whole width. A warning names a TIFF in strips or tiles of more than 64 MB.
 
     Raises
     ------
@@ -115,30 +106,13 @@ def _planes(path: Path, channels: Sequence[int], level: int) -> Iterator[Read]:
         known = open_ngff(path)
         yield lambda rows, columns: known.read(channels, rows, columns, level)
     elif path.suffix.lower() in TIFF_SUFFIXES:
-        with open_tiff(path) as tiff:
-            axes, apart = tiff.series[0].levels[level].axes.lower(), series_apart(tiff)
-            series = {c: apart[c] if apart else 0 for c in channels}
-            arrays = {k: _array(path, tiff, k, level) for k in set(series.values())}
-            yield lambda rows, columns: np.stack([_cut(arrays[series[c]], axes, c, rows, columns) for c in channels])
+        with open_tiff(path) as tiff, open_planes(tiff, channels, level) as read:
+            yield read
     elif path.suffix.lower() in PILLOW_SUFFIXES:  # small enough to be held
         whole = read_planes(path, channels)
         yield lambda rows, columns: whole[:, rows, columns]
     else:
         raise InputError(f"{path} is no slide: give an OME-TIFF or an OME-Zarr image")
-
-
-def _array(path: Path, tiff: tifffile.TiffFile, number: int, level: int) -> Any:
-    """Return an array that reads what is asked for: the file itself where its pixels lie in it as they are."""
-    series = tiff.series[number].levels[level]
-    if series.dataoffset is not None:
-        return np.memmap(path, series.dtype.newbyteorder(tiff.byteorder), "r", series.dataoffset, series.shape)
-    return zarr.open_array(tiff.aszarr(series=number, level=level), mode="r")
-
-
-def _cut(array: Any, axes: str, channel: int, rows: slice, columns: slice) -> NDArray[Any]:
-    at = {"y": rows, "x": columns}
-    stack = next((a for a, n in zip(axes, array.shape, strict=True) if a not in "yx" and n > 1), "")
-    return np.asarray(array[tuple(at.get(a, channel if a == stack else 0) for a in axes)])
 
 
 def _plane(shape: Sequence[int], axes: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
+from imgshared.data.panel import IMPUTED, UNCERTAINTY
 from imgshared.data.store import CellStore, put_in_place
 from imgshared.prediction.run import Run
 from imgshared.prediction.types import Floats
@@ -20,7 +21,8 @@ from imgshared.types import InputError
 class OmeFrames:
     """One OME-TIFF an image: cells are frames (T), channels the measured stains and the predicted ones, float32.
 
-    On request also the half widths of the predictions' intervals.
+    Predicted channels are called ``<marker>_imputed``; on request the half widths of their intervals come along as
+    ``<marker>_imputed_uncertainty``.
 
     Written beside, into ``<folder>.partial``, and renamed by `finish`; left without it, nothing remains.
 
@@ -36,8 +38,8 @@ class OmeFrames:
         refuse_frames(store, folder, overwrite)
         self.store, self.channels = store, run.contract.check(store, ())
         self.folder, self.partial = folder, Path(f"{folder}.partial")
-        kinds = ("predicted", "90% interval") if intervals else ("predicted",)
-        self.names = [*run.panel.markers, *(f"{run.panel.markers[t]} ({kind})" for kind in kinds for t in targets)]
+        imputed = [run.panel.markers[t] + IMPUTED for t in targets]
+        self.names = [*run.panel.markers, *imputed, *([name + UNCERTAINTY for name in imputed] if intervals else ())]
         self._images = store.obs["image"].astype(str).to_numpy()
         self._image: str | None = None
         self._frames: list[Floats] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ class Trust:
         intensity) and (C, B) half widths of a pixel's interval, normalised units; NaN for a marker without calibration.
     cell_edges, cell_half
         The same for the mean intensity in a cell's mask, by its predicted value; raw units.
+    levels, pixel_levels, cell_levels
+        (L,) other levels, and (L, C, B) half widths that were calibrated to hold them: to see whether the calibration
+        holds elsewhere than at `level`.
     limit
         (C,) the mean half width of a cell's pixels from which on the marker's mean picture was as good a guess.
     centre, scale, precision, distances
@@ -56,6 +60,9 @@ class Trust:
     pixel_half: Floats
     cell_edges: Floats
     cell_half: Floats
+    levels: NDArray[np.float64]
+    pixel_levels: Floats
+    cell_levels: Floats
     limit: Floats
     centre: NDArray[np.float64]
     scale: NDArray[np.float64]
@@ -75,6 +82,14 @@ class Trust:
     def cells(self, means: Floats, channel: int) -> Floats:
         """Half widths of the intervals of predicted cell means (n,), raw units."""
         return np.asarray(self.cell_half[channel][np.searchsorted(self.cell_edges[channel], means)])
+
+    def at_levels(self) -> Iterator[tuple[float, Trust]]:
+        """Yield (level, the same with intervals of that level), from the lowest to the highest."""
+        own = (self.level, self.pixel_half, self.cell_half)
+        for level, pixel, cell in sorted(
+            [own, *zip(self.levels.tolist(), self.pixel_levels, self.cell_levels, strict=True)], key=lambda x: x[0]
+        ):
+            yield level, dataclasses.replace(self, level=level, pixel_half=pixel, cell_half=cell)
 
     def odd(self, described: NDArray[np.float64]) -> NDArray[np.float64]:
         """Share of calibration cells that are less odd than each cell, by `describe`'s (n, D): 1 is out of it all."""

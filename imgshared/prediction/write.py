@@ -67,7 +67,7 @@ def predict(
     ``sharp_images``, ``full_images`` and ``shared_images`` on request; from a method with latents ``obsm["X_shared"]``
     and ``obsm["X_<marker>"]``, the latents (of the sources, and specific; NaN where a marker is not measured; a slash
     in its name becomes _). With ``ome_tiff`` also ``<out>.ome/<image>.ome.tif``: the cells of an image as frames
-    (TCYX), measured and predicted channels named.
+    (TCYX), the measured channels and the predicted ones, ``<marker>_imputed``.
 
     Under torchrun each process predicts its share of the cells into ``<out>.part<rank>``, and the first one joins them.
 

@@ -8,6 +8,7 @@ import torch
 from imgshared.data.augment import Augment, channel_intensity, paired_geometry
 from imgshared.data.feed import AHEAD, Feed, choose_residency, mix, read_ahead
 from imgshared.data.normalise import Normaliser
+from imgshared.data.store import CellStore
 
 NORMALISER = Normaliser("linear", 5.0, (100.0, 100.0), (1100.0, 600.0))
 CELLS = np.arange(3, 73)  # 70 cells, 4 batches of 16 and a rest of 6
@@ -58,6 +59,20 @@ def test_the_crops_may_live_anywhere(toy):
     by_residency = {r: list(feed(toy, residency=r).epoch(2, augment=change)) for r in ("device", "memory", "stream")}
     assert_equal(by_residency["device"], by_residency["memory"])
     assert_equal(by_residency["device"], by_residency["stream"])
+
+
+def test_bright_pixels_stay_bright_on_the_device(tmp_path, arrays, write_store):
+    """A device holds 16 bits a pixel, also above 32,767."""
+    images, measured, masks, obs = arrays
+    images = (images.astype(np.uint32) * 40 % 65536).astype(np.uint16)
+    images[:, :, 0, :4] = 0, 32767, 32768, 65535
+    store = CellStore(write_store(tmp_path / "bright.zarr", images, measured, masks, obs))
+    change = Augment(paired_geometry(flips=True, rotate_deg=0, scale=0, shift=0), None)
+    for augment in (None, change):
+        device, memory = (list(feed(store, residency=r).epoch(0, augment=augment)) for r in ("device", "memory"))
+        assert_equal(device, memory)
+    assert max(float(b.images.max()) for b in memory) > NORMALISER.forward(torch.full((1, 2, 1, 1), 60000.0)).min()
+    assert feed(store, residency="device")._crops.element_size() == 2
 
 
 def test_an_epoch_visits_every_cell_at_most_once_and_all_but_the_rest(toy):
@@ -195,3 +210,12 @@ def test_residency_follows_the_wish_else_what_fits(toy, monkeypatch):
     for free, expected in ((3 * need, "memory"), (need, "stream")):
         monkeypatch.setattr("imgshared.data.feed._free_memory", lambda free=free: free)
         assert choose_residency("auto", toy, 70, 2, cpu) == expected
+
+
+def test_crops_go_to_the_device_where_they_take_less_than_half_of_what_is_free(toy, monkeypatch):
+    cuda, need = torch.device("cuda", 1), 70 * 2 * 16 * 16 * 2
+    monkeypatch.setattr("imgshared.data.feed._free_memory", lambda: 3 * need)
+    for free, expected in ((2 * need + 2, "device"), (2 * need, "memory")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free if device == cuda else 0, 0))
+        assert choose_residency("auto", toy, 70, 2, cuda) == expected
+    assert choose_residency("auto", toy, 70, 2, torch.device("cpu")) == "memory"

@@ -1,8 +1,11 @@
 """OME-Zarr of both versions, by its metadata; plates become manifests; damage is named."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 
 from imgshared import api
 from imgshared.data.manifest import read_manifest
@@ -110,34 +113,55 @@ def test_a_plate_is_a_manifest(tmp_path, version, write_plate):
     table = read_manifest(plate)
     assert [row.group for row in table.rows] == ["A01", "A01", "B02", "B02"]
     assert list(table.labels["row"]) == ["A", "A", "B", "B"]
+    assert list(table.labels["column"]) == ["1", "1", "2", "2"]
+    assert list(table.labels["field"]) == ["0", "1", "0", "1"]
+    assert list(table.labels["well"]) == ["A01", "A01", "B02", "B02"]
     assert len({row.image for row in table.rows}) == 4
     np.testing.assert_array_equal(open_image(table.rows[2].path).read(), data["B/2", "0"])
 
 
 def test_a_lost_field_or_well_is_named(tmp_path, write_plate):
-    import shutil
-
     plate = write_plate(tmp_path / "plate.zarr", lambda well, field: pixels())
     shutil.rmtree(plate / "A" / "1" / "1")
-    with pytest.raises(InputError, match=r"names 1 file\(s\) that do not exist: .*A/1/1"):
+    with pytest.raises(InputError, match=r"names 1 field\(s\) that are not there: well A01 field 1\. .*give a CSV"):
         read_manifest(plate)
     shutil.rmtree(plate / "B" / "2")
-    with pytest.raises(InputError, match="names the well B/2, which is not there"):
+    with pytest.raises(InputError, match=r"names the well B/2, which is not there\. .*give a CSV"):
         read_manifest(plate)
+
+
+def test_a_plate_is_prepared_without_its_damaged_fields_by_a_table(tmp_path, write_plate):
+    plate = write_plate(tmp_path / "plate.zarr", lambda well, field: discs())
+    for field in ("A/1/1", "B/2/0"):
+        shutil.rmtree(plate / field / "0")
+    with pytest.raises(InputError) as caught:
+        api.prepare(plate, tmp_path / "cells.zarr", crop_px=16, qc=False)
+    assert "2 field(s) cannot be opened: well A01 field 1, well B02 field 0 (" in str(caught.value)
+    assert "promises a level '0' that is not there" in str(caught.value)
+    assert "columns image (plate.zarr/A/1/0, ...) and well" in str(caught.value)
+    (tmp_path / "rest.csv").write_text("image,well\nplate.zarr/A/1/0,A01\nplate.zarr/B/2/1,B02\n")
+    store = CellStore(api.prepare(tmp_path / "rest.csv", tmp_path / "cells.zarr", crop_px=16, qc=False).path)
+    assert store.obs["group"].value_counts().to_dict() == {"A01": 2, "B02": 2}
+
+
+def test_what_all_fields_of_a_plate_lack_is_no_damage(tmp_path, write_plate):
+    plate = write_plate(tmp_path / "plate.zarr", lambda well, field: pixels(dtype="int32"))
+    with pytest.raises(InputError, match=r"A/1/0 has int32 pixels: convert to one of [a-z0-9, ]*$"):
+        api.prepare(plate, tmp_path / "cells.zarr")
+
+
+def discs(rng=None):
+    """Two nuclei, and the same mirrored."""
+    yy, xx = np.mgrid[:64, :64]
+    disc = sum(np.exp(-(((yy - y) ** 2 + (xx - x) ** 2) / 30)) for y, x in ((20, 20), (44, 40)))
+    noise = (rng or np.random.default_rng(0)).integers(0, 20, (2, 64, 64))
+    return (np.stack([disc, disc[::-1]]) * 800 + noise).astype(np.uint16)
 
 
 def test_a_plate_is_prepared_like_files(tmp_path, write_plate):
     """The same discs, as a plate and as OME-TIFFs, give the same cells."""
-    import tifffile
-
-    yy, xx = np.mgrid[:64, :64]
     rng = np.random.default_rng(0)
-
-    def field(well, name):
-        disc = sum(np.exp(-(((yy - y) ** 2 + (xx - x) ** 2) / 30)) for y, x in ((20, 20), (44, 40)))
-        return (np.stack([disc, disc[::-1]]) * 800 + rng.integers(0, 20, (2, 64, 64))).astype(np.uint16)
-
-    plate = write_plate(tmp_path / "plate.zarr", field)
+    plate = write_plate(tmp_path / "plate.zarr", lambda well, field: discs(rng))
     rows = []
     for row in read_manifest(plate).rows:
         name = row.image.replace("/", "_") + ".ome.tif"

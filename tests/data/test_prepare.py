@@ -416,6 +416,33 @@ def test_a_channel_that_is_damaged_is_named_by_its_own_file(tmp_path):
         run(write_manifest(tmp_path, "image,mask\none,k.tif\n"), pattern="{channel}.tif")
 
 
+PREDICTED = ("CD3_imputed", "cd8_IMPUTED", "CD3_imputed_uncertainty")
+
+
+def test_predicted_channels_are_no_measurements(tmp_path):
+    """As `predict measured=true` writes slides; one warning tells of all images."""
+    for name in "ab":
+        write_image(tmp_path, f"{name}.ome.tif", ("DNA", "LaminB1", *PREDICTED))
+        tifffile.imwrite(tmp_path / f"{name}_mask.tif", make_mask())
+    manifest = write_manifest(tmp_path, "image,mask\na.ome.tif,a_mask.tif\nb.ome.tif,b_mask.tif\n")
+    summary = run(manifest)
+    assert store_of(manifest).panel.markers == ("DNA", "LaminB1")
+    told = f"predicted channels of 2 image(s) are no measurements and were left out: {', '.join(PREDICTED)}"
+    assert summary.warnings.count(told) == 1
+    run(write_manifest(tmp_path, "image,mask,channels\na.ome.tif,a_mask.tif,DNA;CD3_imputed\n"), overwrite=True)
+    assert store_of(manifest).panel.markers == ("DNA",)
+    with pytest.raises(InputError, match="no marker 'CD3_imputed' in the panel DNA"):
+        run(manifest, markers=["CD3_imputed"], overwrite=True)
+    with pytest.raises(InputError, match="aliases: cd3_imputed is the name of a prediction"):
+        run(manifest, aliases={"CD3": ["CD3_imputed"]}, overwrite=True)
+
+
+def test_an_image_of_predictions_alone_is_refused(tmp_path):
+    write_image(tmp_path, "a.ome.tif", PREDICTED)
+    with pytest.raises(InputError, match=r"a\.ome\.tif holds predictions alone \(CD3_imputed, .*measured=true"):
+        run(write_manifest(tmp_path, "image\na.ome.tif\n"))
+
+
 @pytest.mark.skipif("IMGSHARED_REAL_DATA" not in os.environ, reason="IMGSHARED_REAL_DATA is not set")
 def test_real_regions_with_masks(tmp_path):
     folder = Path(os.environ["IMGSHARED_REAL_DATA"]).resolve() / "imc_spleen"

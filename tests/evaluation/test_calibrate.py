@@ -145,6 +145,10 @@ def test_coverage_and_risk_are_told_in_the_report(sure, toy, tmp_path):
     shares = found.coverage.set_index(["marker", "score"])["value"]
     assert 0.5 < shares["P1", "pixels"] <= 1
     assert set(found.risk["kept"]) == set(coverage.KEPT)
+    levels = found.reliability[(found.reliability["marker"] == "P1") & (found.reliability["what"] == "pixels")]
+    assert list(levels["level"]) == [0.5, 0.8, 0.9, 0.95]
+    assert levels["value"].is_monotonic_increasing
+    assert levels["value"].iloc[2] == shares["P1", "pixels"]
     page = found.report.read_text()
     assert "calibrated on the validation groups" in page
     assert "less like the training cells&#39; than 99% of the calibration cells" in page
@@ -152,6 +156,15 @@ def test_coverage_and_risk_are_told_in_the_report(sure, toy, tmp_path):
     assert shares["P1", "limit"] == limit
     assert (f"{limit:.2f}" if np.isfinite(limit) else "never") in page
     assert {"width", "ood", "abstain"} <= set(found.cells)
+
+
+def test_intervals_of_every_level_hold_what_they_promise_on_the_cells_they_were_made_of(sure, toy):
+    done = predict_cells(sure, toy, np.flatnonzero(toy.obs["group"].isin(["g2", "g3"])))
+    table = coverage.compare(sure, load_trust(sure.path), done).assign(group=0)
+    found = coverage.reliability(table).groupby(["what", "level"])["value"].mean()
+    for level in (0.5, 0.8, 0.9, 0.95):
+        assert found["pixels", level] == pytest.approx(level, abs=0.12)  # widened for groups: seldom below
+        assert found["pixels", level] > level - 0.03
 
 
 def test_error_falls_as_unsure_cells_are_dropped():

@@ -16,7 +16,6 @@ from imgshared.config import EvaluateConfig, Experiment, dump, validate
 from imgshared.data.store import CellStore
 from imgshared.evaluation.evaluate import evaluate
 
-
 SMALL: list[dict[str, object]] = [
     {"name": "regression", "channels": [4, 8], "epochs": 1},
     {"name": "linear"},

@@ -294,13 +294,35 @@ def test_chromatin_alone_is_enough(trained_run, toy, arrays, write_store, tmp_pa
     assert np.isnan(ours.shared["P1"]).all()
 
 
-def test_predictions_are_no_input(trained_run, toy, tmp_path):
-    proteins = predict(trained_run, toy, tmp_path / "p.zarr")
-    with pytest.raises(InputError, match=r"p\.zarr holds no chromatin stain: it is a store of predictions"):
-        predict(trained_run, CellStore(proteins), tmp_path / "q.zarr")
-    everything = predict(trained_run, toy, tmp_path / "a.zarr", PredictConfig(markers=("DNA", "P1", "P2")))
-    with pytest.raises(InputError, match=r"a\.zarr holds no single_cell_images"):
-        predict(trained_run, CellStore(everything), tmp_path / "q.zarr")
+def test_predictions_are_no_input(trained_run, toy, tiny, tmp_path):
+    for markers in (("P1", "P2"), ("DNA", "P1", "P2")):
+        made = predict(trained_run, toy, tmp_path / "p.zarr", PredictConfig(markers=markers), overwrite=True)
+        uses = [
+            lambda made=made: predict(trained_run, CellStore(made), tmp_path / "q.zarr"),
+            lambda made=made: api.train(replace(tiny, data=str(made)), out=tmp_path / "q"),
+            lambda made=made: api.evaluate(trained_run, made, tmp_path / "q"),
+        ]
+        for use in uses:
+            with pytest.raises(InputError, match=r"p\.zarr holds predictions, not measured cells: give .*cells\.zarr"):
+                use()
+    with pytest.raises(InputError, match=r"p\.zarr is a folder: give a table"):
+        api.prepare(made, tmp_path / "q.zarr")
+    (tmp_path / "m.csv").write_text("image\np.zarr\n")
+    with pytest.raises(InputError, match=r"p\.zarr is no valid OME-Zarr image"):
+        api.prepare(tmp_path / "m.csv", tmp_path / "q.zarr")
+    assert not list(tmp_path.glob("q*"))
+
+
+def test_frames_of_predictions_are_no_input(trained_run, toy, arrays, write_store, tmp_path):
+    """A cell alone in its image: its one frame is an image like any other."""
+    images, measured, masks, obs = (x[:1] for x in arrays)
+    store = CellStore(write_store(tmp_path / "one.zarr", images, measured, masks, obs))
+    predict(trained_run, store, tmp_path / "p.zarr", PredictConfig(ome_tiff=True))
+    tifffile.imwrite(tmp_path / "mask.tif", np.pad(np.ones((10, 10), np.uint8), 3))
+    (tmp_path / "m.csv").write_text("image,mask\np.zarr.ome/image0.ome.tif,mask.tif\n")
+    summary = api.prepare(tmp_path / "m.csv", tmp_path / "cells.zarr", crop_px=8, qc=False)
+    assert CellStore(summary.path).panel.markers == ("DNA", "P1", "P2")
+    assert any("P1_imputed, P2_imputed" in warning for warning in summary.warnings)
 
 
 def test_ome_tiff_for_a_viewer(trained_run, toy, tmp_path):
@@ -310,7 +332,7 @@ def test_ome_tiff_for_a_viewer(trained_run, toy, tmp_path):
     with tifffile.TiffFile(files[1]) as tif:
         assert tif.series[0].axes == "TCYX"
         frames, ome = tif.asarray(), tif.ome_metadata
-    for name in ("DNA", "P1", "P2", "P1 (predicted)", "P2 (predicted)"):
+    for name in ("DNA", "P1", "P2", "P1_imputed", "P2_imputed"):
         assert f'Name="{name}"' in ome
     assert 'PhysicalSizeX="0.5"' in ome
     assert frames.shape == (16, 5, 16, 16)
