@@ -24,6 +24,7 @@ from imgshared.prediction.trust import CLIP, FILE, Trust, describe_latent, descr
 from imgshared.prediction.types import Floats, PredictedCells
 
 LEVEL = 0.9
+OTHER_LEVELS = (0.5, 0.8, 0.95)  # for the reliability diagram
 CELLS = 1500  # of training and of validation that are looked at, at most
 BLOCK = 256
 PIXELS = 128  # of each crop that the intervals are calibrated on
@@ -120,7 +121,8 @@ def _fit(
                 at[channel].append(here[known])
     shape = {"pixel": BINS, "cell": CELL_BINS}
     edges = {name: np.zeros((count, bins - 1), np.float32) for name, bins in shape.items()}
-    half = {name: np.full((count, bins), np.nan, np.float32) for name, bins in shape.items()}
+    levels = (LEVEL, *OTHER_LEVELS)
+    half = {name: np.full((len(levels), count, bins), np.nan, np.float32) for name, bins in shape.items()}
     limit = np.full(count, np.inf, np.float32)
     for channel in range(count):
         if not gathered[channel]:
@@ -128,14 +130,18 @@ def _fit(
         table, own = np.concatenate(gathered[channel]), np.concatenate(at[channel])
         pixels = table[:, 4:].reshape(len(table), 2, -1)
         by = np.repeat(own, pixels.shape[2])
-        edges["pixel"][channel], half["pixel"][channel] = intervals(
-            pixels[:, 0].ravel(), pixels[:, 1].ravel(), by, BINS
-        )
-        edges["cell"][channel], half["cell"][channel] = intervals(table[:, 0], table[:, 1], own, CELL_BINS)
-        width = half["pixel"][channel][np.searchsorted(edges["pixel"][channel], pixels[:, 0])].mean(1)
+        for k, level in enumerate(levels):
+            edges["pixel"][channel], half["pixel"][k, channel] = intervals(
+                pixels[:, 0].ravel(), pixels[:, 1].ravel(), by, BINS, level
+            )
+            edges["cell"][channel], half["cell"][k, channel] = intervals(
+                table[:, 0], table[:, 1], own, CELL_BINS, level
+            )
+        width = half["pixel"][0, channel][np.searchsorted(edges["pixel"][channel], pixels[:, 0])].mean(1)
         limit[channel] = risk_limit(width, table[:, 2] - table[:, 3])
     return Trust(
-        LEVEL, len(np.unique(groups)), radius, edges["pixel"], half["pixel"], edges["cell"], half["cell"], limit,
+        LEVEL, len(np.unique(groups)), radius, edges["pixel"], half["pixel"][0], edges["cell"], half["cell"][0],
+        np.array(OTHER_LEVELS), half["pixel"][1:], half["cell"][1:], limit,
         *reference[:3], np.sort(np.concatenate(oddness)), *reference[3:],
     )  # fmt: skip
 

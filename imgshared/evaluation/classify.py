@@ -258,7 +258,7 @@ def _contrast(
 def _share(one: metrics.Statistic, other: metrics.Statistic, counts: NDArray[np.float64]) -> NDArray[np.float64]:
     """One AUROC above chance over another; NaN where that is at chance."""
     above, whole = one(counts) - 0.5, other(counts) - 0.5
-    return np.divide(above, whole, out=np.full(len(counts), np.nan), where=whole != 0)
+    return np.asarray(np.divide(above, whole, out=np.full(len(counts), np.nan), where=whole != 0))
 
 
 def _agree(row: dict[str, Any], found: dict[str, Probabilities], groups: NDArray[Any]) -> list[dict[str, Any]]:

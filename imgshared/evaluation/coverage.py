@@ -19,7 +19,8 @@ def compare(run: Run, trust: Trust, done: PredictedCells) -> pd.DataFrame:
 
     `position` (row in `done`), `marker`, `pixels` (share of them within their intervals), `cell` (whether its mean
     intensity is), `width` (mean half width of its pixels), `error` (mean absolute error of its pixels), `ood`,
-    `abstain`, `limit` (the width from which on it does; of the marker).
+    `abstain`, `limit` (the width from which on it does; of the marker); ``pixels at <level>`` and ``cell at <level>``,
+    the same as `pixels` and `cell` for intervals of every level that was calibrated.
     """
     chromatin = run.panel.chromatin_index
     odd, raw = trust.odd(trust.describe(done, run.source_channel)), in_raw(run, done)
@@ -28,12 +29,15 @@ def compare(run: Run, trust: Trust, done: PredictedCells) -> pd.DataFrame:
         known = np.flatnonzero(done.measured[:, channel] & done.measured[:, chromatin])
         if channel == chromatin or not len(known) or np.isnan(trust.pixel_half[channel]).all():
             continue
-        half = trust.pixels(done, channel)[known]
         error = np.abs(done.real[known, channel] - done.images["predicted"][known, channel])
-        means, width = raw[known, channel], half.mean((1, 2))
-        columns = {
-            "pixels": (error <= half).mean((1, 2)),
-            "cell": np.abs(means[:, 0] - means[:, 1]) <= trust.cells(means[:, 1], channel),
+        means, width = raw[known, channel], trust.pixels(done, channel)[known].mean((1, 2))
+        gap = np.abs(means[:, 0] - means[:, 1])
+        columns = {}
+        for level, at in trust.at_levels():
+            columns[f"pixels at {level:g}"] = (error <= at.pixels(done, channel)[known]).mean((1, 2))
+            columns[f"cell at {level:g}"] = gap <= at.cells(means[:, 1], channel)
+        columns |= {
+            "pixels": columns[f"pixels at {trust.level:g}"], "cell": columns[f"cell at {trust.level:g}"],
             "width": width, "error": error.mean((1, 2)), "ood": odd[known],
             "abstain": trust.abstain(width, odd[known], channel), "limit": trust.limit[channel],
         }  # fmt: skip
@@ -56,6 +60,20 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             rows.append({"marker": marker, "score": name, **value._asdict(), "cells": len(part)})
         limit = metrics.Estimate(float(part["limit"].median()), np.nan, np.nan)
         rows.append({"marker": marker, "score": "limit", **limit._asdict(), "cells": len(part)})
+    return pd.DataFrame(rows)
+
+
+def reliability(table: pd.DataFrame) -> pd.DataFrame:
+    """Hold the share within intervals against their level, by `compare`'s rows joined with a column `group`.
+
+    One row a marker x `what` (``pixels``, ``cell``) x `level` with `value`, `low`, `high` over groups, `cells`.
+    """
+    rows = []
+    for marker, part in table.groupby("marker", sort=False) if len(table) else ():
+        for name in (c for c in map(str, part) if " at " in c):
+            what, _, level = name.partition(" at ")
+            value = metrics.estimate(part["group"], metrics.mean(part["group"], part[name]), metrics.SHARE)
+            rows.append({"marker": marker, "what": what, "level": float(level), **value._asdict(), "cells": len(part)})
     return pd.DataFrame(rows)
 
 

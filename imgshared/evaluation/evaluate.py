@@ -47,8 +47,8 @@ class Evaluation:
         See `imputability.imputability`.
     checks
         See `checks.summarise`: objects found and invented, detail, whether the source matters.
-    coverage, risk
-        See `coverage.summarise` and `coverage.risk`: do the intervals hold, does dropping unsure cells help; empty
+    coverage, risk, reliability
+        See `coverage`: do the intervals hold, does dropping unsure cells help, do intervals of other levels hold; empty
         where the run was not calibrated.
     cells
         One row a cell and measured protein: cell_id, image, group, labels, marker, l1, pearson, ssim, intensities.
@@ -83,6 +83,7 @@ class Evaluation:
     checks: pd.DataFrame
     coverage: pd.DataFrame
     risk: pd.DataFrame
+    reliability: pd.DataFrame
     cells: pd.DataFrame
     features: pd.DataFrame
     effects: pd.DataFrame
@@ -195,7 +196,9 @@ def _judge(looked: Study, cache: Path, say: Progress) -> tuple[dict[str, pd.Data
     shown = imputability.shown(looked.run, looked.looks[0].cohort.source)
     tables["imputability"] = imputability.imputability(test.fidelity, shown)
     tables["checks"] = checks.summarise(test.checks)
-    tables |= {"coverage": coverage.summarise(test.trust), "risk": coverage.risk(test.trust)}
+    trust = test.trust
+    tables |= {"coverage": coverage.summarise(trust), "risk": coverage.risk(trust)}
+    tables["reliability"] = coverage.reliability(trust)
     say("cell features", 0, 1)
     tables |= dict(zip(("features", "effects", "conditions"), _measure(test, panel, config), strict=True))
     told = classify(test, looked.turns, panel, config, say, cache)

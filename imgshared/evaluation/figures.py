@@ -46,6 +46,7 @@ SAID = {
     "linear": "floor: linear on blurred chromatin",
     "marker_mean": "floor: mean picture of the marker",
 }
+LINES = (BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, INK, SOFT)
 STYLE: dict[str, Any] = {"fontsize": 9, "color": INK}
 
 
@@ -129,16 +130,30 @@ def risk(table: pd.DataFrame) -> str:
     """Draw the error of the surest cells over the share kept, a line a marker, relative to that of all cells."""
     figure = Figure((5.6, 3.0), facecolor="white", layout="constrained")
     ax = figure.subplots()
-    palette = (BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, INK, SOFT)
     for k, (marker, part) in enumerate(table.groupby("marker", sort=False)):
         whole = float(part.sort_values("kept")["error"].iloc[-1])
-        ax.plot(part["kept"], part["error"] / whole, "o-", ms=3, lw=1.4, color=palette[k % len(palette)], label=marker)
+        ax.plot(part["kept"], part["error"] / whole, "o-", ms=3, lw=1.4, color=LINES[k % len(LINES)], label=marker)
     ax.axhline(1, color=SOFT, lw=0.8, ls=(0, (4, 3)))
     ax.set_xlim(1.03, 0.07)
     ax.set_xlabel("share of cells kept, the surest", **STYLE)
     ax.set_ylabel("error, relative to all cells", **STYLE)
     ax.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=2)
     _clean(ax, "y")
+    return encode(figure)
+
+
+def reliability(table: pd.DataFrame) -> str:
+    """Draw the share within intervals over the level that they promise: pixels and cells' means, a line a marker."""
+    figure = Figure((5.6, 3.0), facecolor="white", layout="constrained")
+    for ax, (what, part) in zip(figure.subplots(1, 2, sharey=True), table.groupby("what", sort=False), strict=True):
+        for k, (marker, one) in enumerate(part.groupby("marker", sort=False)):
+            ax.plot(one["level"], one["value"], "o-", ms=3, lw=1.4, color=LINES[k % len(LINES)], label=marker)
+        ax.plot([0.4, 1], [0.4, 1], color=SOFT, lw=0.8, ls=(0, (4, 3)))
+        ax.set_title({"pixels": "pixels", "cell": "cells' means"}[str(what)], **STYLE)
+        ax.set_xlabel("promised", **STYLE)
+        _clean(ax, "y")
+    figure.axes[0].set_ylabel("within", **STYLE)
+    figure.axes[0].legend(frameon=False, fontsize=8, labelcolor=INK)
     return encode(figure)
 
 
@@ -306,10 +321,9 @@ def _colour_points(figure: Figure, ax: Axes, points: NDArray[Any], colour: NDArr
             bar.outline.set_visible(False)
         return
     classes = sorted(set(colour))
-    palette = (BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, INK, SOFT)
-    for k, value in enumerate(classes[: len(palette)]):  # the first eight classes; more colours could not be told apart
+    for k, value in enumerate(classes[: len(LINES)]):  # the first eight classes; more colours could not be told apart
         x, y = points[colour == value].T
-        ax.scatter(x, y, s=size, color=palette[k], label=str(value), linewidths=0, alpha=0.8)
+        ax.scatter(x, y, s=size, color=LINES[k], label=str(value), linewidths=0, alpha=0.8)
     if explain:
         place: dict[str, Any] = {
             "loc": "upper center",

@@ -78,6 +78,7 @@ def write_report(shown: Shown, path: Path) -> Path:
         coverage=tables.coverage_table(found["coverage"]),
         odd=f"{100 * ODD:g}",
         risk=figures.risk(found["risk"]) if len(found["risk"]) else None,
+        reliability=figures.reliability(found["reliability"]) if len(found["reliability"]) else None,
         contradictions=figures.contradictions(shown.test.maps) if shown.test.maps else None,
         groups=tables.group_table(found["groups"], shown.config.group),
         features=tables.feature_table(found["features"]),

@@ -154,7 +154,7 @@ def coverage_table(table: pd.DataFrame) -> Table | None:
     for marker, part in table.groupby("marker", sort=False):
         scores = part.set_index("score")
         rows.append([_text(marker), *(_value(scores.loc[name]) for name in ("pixels", "cell", "abstain"))])
-        limit = scores.loc["limit", "value"]
+        limit = float(scores["value"]["limit"])
         rows[-1] += [_number(limit) if np.isfinite(limit) else _text("never"), _count(int(part["cells"].iloc[0]))]
     return [
         "stain",
