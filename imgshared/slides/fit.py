@@ -11,6 +11,7 @@ import torch
 from imgshared.data.crops import IntensityRange
 from imgshared.data.windows import plan_tiles
 from imgshared.prediction.run import Run
+from imgshared.slides.damage import Damage, covered
 from imgshared.slides.source import Slide
 from imgshared.slides.tissue import Tissue
 from imgshared.types import InputError
@@ -18,25 +19,33 @@ from imgshared.types import InputError
 SIDE = 2048  # px that are read at a time
 
 
-def fitted_on_slide(run: Run, slide: Slide, sources: Sequence[int], tissue: Tissue | None) -> Run:
+def fitted_on_slide(
+    run: Run, slide: Slide, sources: Sequence[int], tissue: Tissue | None, *, skip_damaged: bool = False
+) -> Run:
     """Return the run with the sources' percentiles taken from all of the slide, its tissue where that is known.
 
     The other stains keep the training's: predictions come in its raw units. The training's percentiles are of the
-    crops of cells, so give a mask of tissue where much of the slide is glass.
+    crops of cells, so give a mask of tissue where much of the slide is glass. With `skip_damaged` blocks that cannot be
+    read do not count.
 
     Raises
     ------
     InputError
-        Where a source is the same everywhere.
+        Where a source is the same everywhere, or cannot be read.
     """
     kind = slide.image.dtype
     ranges, names = IntensityRange(len(sources)), [slide.channels[c] for c in sources]
-    with slide.reader(names) as read:
+    damage = Damage(slide.shape, allowed=skip_damaged)
+    with slide.reader(names) as reader:
+        read = damage.guard(reader, len(names), kind)
         for tile in plan_tiles(slide.shape, SIDE):
-            inside = tissue.within(*tile) if tissue is not None else None
-            if inside is None or inside.any():
-                for k, plane in enumerate(read(*tile)):
-                    ranges.add(k, plane if inside is None else plane[inside])
+            inside = tissue.within(*tile) if tissue is not None else np.ones([s.stop - s.start for s in tile], bool)
+            if not inside.any():
+                continue
+            pixels = read(*tile)
+            inside &= ~covered(damage.blocks, tile)
+            for k, plane in enumerate(pixels if inside.any() else ()):
+                ranges.add(k, plane[inside])
     wish, known = run.experiment.normalise, run.normaliser
     low, high = list(known.low), list(known.high)
     for k, (channel, name) in enumerate(zip(sources, names, strict=True)):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from imgshared.config import SlideConfig
+from imgshared.data.panel import IMPUTED as IMPUTED
+from imgshared.data.panel import UNCERTAINTY
 from imgshared.prediction.images import draw_image
 from imgshared.prediction.run import Run
 from imgshared.prediction.trust import Trust, load_trust
@@ -23,8 +25,6 @@ from imgshared.slides.source import Slide, open_slide
 from imgshared.slides.tiles import Blended, Exact, reach, step_of
 from imgshared.slides.tissue import Tissue, find_tissue, read_tissue
 from imgshared.types import InputError
-
-IMPUTED, UNCERTAINTY = "_imputed", "_uncertainty"
 
 
 @dataclass(frozen=True)
@@ -72,30 +72,38 @@ class Job:
         return dict(sorted(self.slide.channels.items())) if self.config.measured else {}
 
     @property
-    def read_names(self) -> list[str]:
-        """The slide's channels that are read: the sources, then what is written as it is."""
-        return [*(self.slide.channels[c] for c in self.sources), *self.measured.values()]
+    def source_names(self) -> list[str]:
+        """The sources' names in the file."""
+        return [self.slide.channels[c] for c in self.sources]
 
     @property
     def about(self) -> dict[str, Any]:
         """Provenance: what must be the same for a prediction to be gone on with."""
-        run, slide = self.run, self.slide
-        names = [run.panel.markers[c] for c in self.sources]
+        markers = self.run.panel.markers
+        names = [markers[t] + IMPUTED for t in self.targets]
         return {
-            "version": version("imgshared"),
+            **provenance(self.run, self.slide.path, self.config),
             "kind": "predicted slide",
-            "method": run.experiment.method.name,
-            "run": str(run.path.resolve()),
-            "checkpoint": run.checkpoint.name,
-            "checkpoint_sha256": hashlib.sha256(run.checkpoint.read_bytes()).hexdigest(),
-            "slide": str(slide.path.resolve()),
-            "level": slide.level,
-            "shape": list(slide.shape),
-            "sources": names,
-            "imputed": [look.name for look in self.looks if IMPUTED in look.name],
+            "level": self.slide.level,
+            "shape": list(self.slide.shape),
+            "sources": [markers[c] for c in self.sources],
+            "imputed": names,
+            "uncertainty": [name + UNCERTAINTY for name in names] if self.trust is not None else [],
             "margin_px": self.painter.margin if isinstance(self.painter, Exact) else "blended windows",
-            "settings": json.loads(json.dumps(dataclasses.asdict(self.config))),
         }
+
+
+def provenance(run: Run, path: Path, config: SlideConfig) -> dict[str, Any]:
+    """Say what is predicted of which slide or plate, by which run, with which settings."""
+    return {
+        "version": version("imgshared"),
+        "method": run.experiment.method.name,
+        "run": str(run.path.resolve()),
+        "checkpoint": run.checkpoint.name,
+        "checkpoint_sha256": hashlib.sha256(run.checkpoint.read_bytes()).hexdigest(),
+        "slide": str(path.resolve()),
+        "settings": json.loads(json.dumps(dataclasses.asdict(config))),
+    }
 
 
 def settle(run: Run, path: Path, config: SlideConfig) -> Job:
@@ -108,9 +116,10 @@ def settle(run: Run, path: Path, config: SlideConfig) -> Job:
     first = slide.channels[sources[0]]
     tissue = None
     if config.tissue is not None:
-        tissue = find_tissue(slide, first) if config.tissue == "otsu" else read_tissue(slide, Path(config.tissue))
+        given = None if config.tissue == "otsu" else Path(config.tissue)
+        tissue = read_tissue(slide, given) if given else find_tissue(slide, first, skip_damaged=config.skip_damaged)
     if config.normaliser == "slide":
-        run = fitted_on_slide(run, slide, sources, tissue)
+        run = fitted_on_slide(run, slide, sources, tissue, skip_damaged=config.skip_damaged)
     targets = tuple(run.target_channels(config.markers, chosen))
     trust = usual_trust(run, config) if config.intervals else None
     if config.intervals and trust is None:

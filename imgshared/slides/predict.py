@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imgshared.config import SlideConfig
-from imgshared.data.windows import Read, Span, plan_tiles, within
+from imgshared.data.store import put_in_place
+from imgshared.data.windows import Read, Span, plan_tiles
 from imgshared.prediction.run import Run
 from imgshared.slides.cells import measure_cells, open_labels
-from imgshared.slides.damage import Damage
-from imgshared.slides.job import IMPUTED, Job, settle, usual_trust
-from imgshared.slides.pyramid import PyramidWriter, begun, discard, partial_of
+from imgshared.slides.damage import Damage, around, collect, covered, record_of
+from imgshared.slides.job import Job, settle
+from imgshared.slides.place import cells_path, is_ome_tiff, make_way, partial_of, refuse_place
+from imgshared.slides.pyramid import PyramidWriter
 from imgshared.slides.tiff import write_ome_tiff
 from imgshared.types import InputError
 
 Progress = Callable[[str, int, int], None]
 Tile = tuple[int, Span]
-TIFF_ENDS = (".ome.tif", ".ome.tiff")
 
 
 def predict_slide(
@@ -42,37 +45,37 @@ def predict_slide(
 
     Written: a sharded OME-Zarr 0.5 with its pyramid, or where `out` ends in .ome.tif a pyramidal OME-TIFF; predicted
     channels are called ``<marker>_imputed`` and in raw intensities, their provenance is the attribute ``imgshared``.
-    With `cells` also ``<out without its extension>.cells.zarr``, see `measure_cells`.
+    With `cells` also ``<out without its extension>.cells.zarr``, see `measure_cells`. Where `tissue` shows glass, pixel
+    by pixel, predicted channels are zero; measured ones are always what was measured. With `skip_damaged` predicted
+    channels are zero wherever the model would have seen what cannot be read.
 
-    An interrupted prediction is gone on with by the same call; finished tiles are not predicted again. Under torchrun
-    each process takes its share of the tiles.
+    An interrupted prediction is gone on with by the same call; finished tiles are not predicted again, and nothing has
+    its name before it is whole. Under torchrun each process takes its share of the tiles.
 
     Raises
     ------
     InputError
-        Where the slide does not fit the model, a wish has no effect, `out` exists or is the slide, a window of the
-        slide cannot be read, or the disk is full.
+        Where the slide does not fit the model, a wish has no effect, `out` exists or is the slide, or its name is that
+        of another kind of image; an interrupted prediction with other settings lies there; the mask of cells holds
+        none; a window of the slide cannot be read, or holds floats that are no intensities; the disk is full.
     """
     config, fabric = config or SlideConfig(), run.fabric
     refuse_place(path, out, overwrite)
     job = settle(run, path, config)
     labels = open_labels(job.slide, Path(config.cells)) if config.cells else None
-    image = Path(f"{out}.zarr") if str(out).endswith(TIFF_ENDS) else out
+    unfinished = partial_of(out)
     try:
-        if image == out or not image.exists():
-            _write_tiles(job, image, overwrite, progress)
+        _write_image(job, out, overwrite, progress)
         if fabric.global_rank == 0:
             if labels is not None:
-                names = {run.panel.markers[t] + IMPUTED: t for t in job.targets}
-                measure_cells(
-                    job.slide, labels, image, names, cells_path(out), usual_trust(run, config), job.about,
-                    partial(progress, "measure cells") if progress else None,
-                )  # fmt: skip
-            if image != out:
+                measure_cells(job, labels, unfinished, cells_path(out), progress)
+            if is_ome_tiff(out):
                 if progress:
                     progress("write OME-TIFF", 0, 1)
-                write_ome_tiff(image, out)
-                shutil.rmtree(image)
+                write_ome_tiff(unfinished, out)
+                shutil.rmtree(unfinished)
+            else:
+                put_in_place(unfinished, out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
@@ -83,116 +86,113 @@ def predict_slide(
     return out
 
 
-def cells_path(out: Path) -> Path:
-    """Where the table of cells of a predicted slide lies."""
-    ends = (".ome.zarr", ".ome.tiff", ".ome.tif", ".zarr")
-    name = next((out.name.removesuffix(end) for end in ends if out.name.endswith(end)), out.name)
-    return out.with_name(f"{name}.cells.zarr")
-
-
-def refuse_place(path: Path, out: Path, overwrite: bool) -> None:
-    """Refuse to write where something is, or into the slide itself.
-
-    Raises
-    ------
-    InputError
-        Names the place.
-    """
-    here, source = out.resolve(), path.resolve()
-    if here == source or here in source.parents or source in here.parents:
-        raise InputError(
-            f"{out} is, holds or lies in the slide that is predicted: measured images are never overwritten"
-        )
-    for place in (out, cells_path(out)):
-        if place.exists() and not overwrite:
-            raise InputError(f"{place} exists already: choose another name, or pass --overwrite to replace it")
-    if out.is_dir() and not (out / "zarr.json").exists():
-        raise InputError(f"{out} is no image, so it is not replaced: choose another name")
-
-
-def _write_tiles(job: Job, out: Path, overwrite: bool, progress: Progress | None) -> None:
-    """Write what is not yet done of an image; each process its share."""
-    fabric, about, looks = job.run.fabric, job.about, job.looks
+def _write_image(job: Job, out: Path, overwrite: bool, progress: Progress | None) -> None:
+    """Write what is not yet done of an image, in its unfinished place; each process its share of the tiles."""
+    fabric, about, looks, folder = job.run.fabric, job.about, job.looks, partial_of(out)
     kind = job.slide.image.dtype if job.config.dtype == "auto" else np.dtype(job.config.dtype)
-    shape = (len(looks), *job.slide.shape)
+    begin = partial(PyramidWriter, folder, (len(looks), *job.slide.shape), kind, tile=job.config.tile, about=about)
     if fabric.global_rank == 0:
-        _make_way(out, about, overwrite)
-        PyramidWriter(out, shape, kind, tile=job.config.tile, about=about)  # the arrays, before the others open them
+        make_way(folder, about, overwrite)
+        begin()  # the arrays, before the others open them
     fabric.barrier()
-    writer = PyramidWriter(out, shape, kind, tile=job.config.tile, about=about, rank=fabric.global_rank)
-    spans, finished = plan_tiles(job.slide.shape, job.config.tile), writer.done()
+    writer = begin(rank=fabric.global_rank)
+    finished = writer.done()
     fabric.barrier()  # all know what was done before anyone does more
-    todo = [(k, span) for k, span in enumerate(spans) if k not in finished][fabric.global_rank :: fabric.world_size]
-    damage = Damage(partial_of(out), fabric.global_rank, job.slide.shape, allowed=job.config.skip_damaged)
-    with job.slide.reader(job.read_names) as read, ThreadPoolExecutor(1) as writing:
-        guarded = damage.guard(read, len(job.read_names), job.slide.image.dtype)
+    if not writer.whole:
+        _write_tiles(job, writer, finished, progress)
+        fabric.barrier()
+        if fabric.global_rank == 0:
+            if progress:
+                progress("write pyramid", 0, 1)
+            left_out = collect(folder, job.painter.reached)
+            writer.finish(out.name, looks, job.slide.pixel_size_um, left_out)
+    if fabric.global_rank == 0:
+        writer.forget()
+    fabric.barrier()
+
+
+def _write_tiles(job: Job, writer: PyramidWriter, finished: set[int], progress: Progress | None) -> None:
+    rank, world = job.run.fabric.global_rank, job.run.fabric.world_size
+    spans = plan_tiles(job.slide.shape, job.config.tile)
+    todo = [(k, span) for k, span in enumerate(spans) if k not in finished][rank::world]
+    with _opened(job, writer.folder) as read, ThreadPoolExecutor(1) as writing:
         last: Future[None] | None = None
-        for done, (number, pixels) in enumerate(_predicted(job, todo, damage, guarded), 1):
+        for done, (number, pixels) in enumerate(_predicted(job, todo, read), 1):
             if last is not None:
                 last.result()  # one tile is written while the next is predicted
             last = writing.submit(_write, writer, number, spans[number], pixels)
             if progress:
-                progress("predict", min(len(finished) + done * fabric.world_size, len(spans)), len(spans))
+                progress("predict", min(len(finished) + done * world, len(spans)), len(spans))
         if last is not None:
             last.result()
-    fabric.barrier()
-    if fabric.global_rank == 0:
-        if progress:
-            progress("write pyramid", 0, 1)
-        writer.finish(looks, job.slide.pixel_size_um, damage.collect())
-    fabric.barrier()
 
 
-def _make_way(out: Path, about: Mapping[str, Any], overwrite: bool) -> None:
-    """Keep what the same prediction has left, and refuse what another has."""
-    left = begun(out)
-    if left == about:
-        return
-    if left is not None and not overwrite:
-        changed = ", ".join(k for k in about if left.get(k) != about[k])
-        raise InputError(
-            f"{partial_of(out)} holds an interrupted prediction with another {changed}: pass --overwrite to replace it"
-        )
-    discard(out)
+@dataclass(frozen=True)
+class _Readers:
+    """What reads windows of the sources, with their damage, and of the channels that are written as they are."""
+
+    sources: Read
+    damage: Damage
+    measured: Read | None
 
 
-def _predicted(job: Job, todo: Sequence[Tile], damage: Damage, read: Read) -> Iterator[tuple[int, NDArray[Any] | None]]:
-    """Yield predicted tiles, None for glass; the next one is read while one is predicted."""
+@dataclass(frozen=True)
+class _Given:
+    """What a tile is made of: pixels of the sources around it, None for glass; measured channels; mask of tissue."""
+
+    sources: NDArray[Any] | None
+    measured: NDArray[Any] | None
+    tissue: NDArray[np.bool_] | None
+
+
+@contextlib.contextmanager
+def _opened(job: Job, folder: Path) -> Iterator[_Readers]:
+    slide, rank, allowed = job.slide, job.run.fabric.global_rank, job.config.skip_damaged
+    names = {"sources": job.source_names, "measured": list(job.measured.values())}
+    lost = {kind: Damage(slide.shape, allowed=allowed, record=record_of(folder, kind, rank)) for kind in names}
+    with contextlib.ExitStack() as stack:
+        reads = {
+            kind: lost[kind].guard(stack.enter_context(slide.reader(channels)), len(channels), slide.image.dtype)
+            for kind, channels in names.items()
+            if channels
+        }
+        yield _Readers(reads["sources"], lost["sources"], reads.get("measured"))
+
+
+def _predicted(job: Job, todo: Sequence[Tile], read: _Readers) -> Iterator[tuple[int, NDArray[Any] | None]]:
+    """Yield tiles' numbers and channels, None where all is zero; the next one is read while one is predicted."""
     with ThreadPoolExecutor(1) as reading:
-        ahead: deque[tuple[Tile, Future[tuple[NDArray[Any], NDArray[np.bool_] | None] | None]]] = deque()
+        ahead: deque[tuple[Tile, Future[_Given]]] = deque()
         for tile in todo:
             ahead.append((tile, reading.submit(_read, job, tile[1], read)))
             if len(ahead) > 1:
-                yield _drawn(job, damage, *ahead.popleft())
+                yield _drawn(job, read.damage, *ahead.popleft())
         while ahead:
-            yield _drawn(job, damage, *ahead.popleft())
+            yield _drawn(job, read.damage, *ahead.popleft())
 
 
-def _read(job: Job, tile: Span, read: Read) -> tuple[NDArray[Any], NDArray[np.bool_] | None] | None:
-    """Read what a tile is predicted from, and its mask of tissue; None for glass."""
+def _read(job: Job, tile: Span, read: _Readers) -> _Given:
     mask = job.tissue.within(*tile) if job.tissue is not None else None
-    if mask is not None and not mask.any():
-        return None
-    return read(*job.painter.outer(tile)), mask
+    glass = mask is not None and not mask.any()
+    measured = read.measured(*tile) if read.measured is not None else None
+    return _Given(None if glass else read.sources(*job.painter.outer(tile)), measured, mask)
 
 
-def _drawn(
-    job: Job, damage: Damage, tile: Tile, waiting: Future[tuple[NDArray[Any], NDArray[np.bool_] | None] | None]
-) -> tuple[int, NDArray[Any] | None]:
+def _drawn(job: Job, damage: Damage, tile: Tile, waiting: Future[_Given]) -> tuple[int, NDArray[Any] | None]:
     """Return a tile's number and channels, (C, y, x) float32."""
     number, span = tile
     given = waiting.result()
-    if given is None:
+    if given.sources is None and given.measured is None:
         return number, None
-    pixels, mask = given
-    sources, beside = pixels[: len(job.sources)], pixels[len(job.sources) :]
-    outer = job.painter.outer(span)
-    rows, columns = (within(t, o) for t, o in zip(span, outer, strict=True))
-    predicted = job.painter(sources, span)
-    if mask is not None:
-        predicted = predicted * mask
-    damage.blank(span, predicted)
-    return number, np.concatenate([beside[:, rows, columns].astype(np.float32), predicted])
+    if given.sources is None:
+        count = len(job.looks) - len(job.measured)
+        predicted = np.zeros((count, *(s.stop - s.start for s in span)), np.float32)
+    else:
+        predicted = job.painter(given.sources, span)
+        seen = covered((around(block, job.painter.reached) for block in damage.blocks), span)
+        predicted = predicted * (~seen if given.tissue is None else given.tissue & ~seen)
+    beside = [] if given.measured is None else [given.measured.astype(np.float32)]
+    return number, np.concatenate([*beside, predicted])
 
 
 def _write(writer: PyramidWriter, number: int, span: Span, pixels: NDArray[Any] | None) -> None:

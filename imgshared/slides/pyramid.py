@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import zarr
 from numpy.typing import NDArray
 from yaozarrs import v05
 
-from imgshared.data.store import put_in_place
+from imgshared.slides.damage import RECORD
 
 CHUNK = 256
 SMALLEST = 1024  # px; the last level's longer side at most
@@ -31,12 +30,12 @@ class ChannelLook:
 
 
 class PyramidWriter:
-    """Written beside, into ``<out>.partial``, and renamed by `finish`; what is there already is gone on with.
+    """Written tile by tile into a folder; what is there already is gone on with.
 
     Parameters
     ----------
-    out
-        The image, a folder.
+    folder
+        Where the image lies until it is whole.
     shape
         (C, Y, X) of the finest level.
     dtype
@@ -48,11 +47,16 @@ class PyramidWriter:
         Provenance, JSON; kept as the attribute ``imgshared``.
     rank
         Of this process; the first one makes the arrays, before the others open them.
+
+    Attributes
+    ----------
+    whole
+        Whether an interrupted writer had finished it.
     """
 
     def __init__(
         self,
-        out: Path,
+        folder: Path,
         shape: tuple[int, int, int],
         dtype: np.dtype[Any],
         *,
@@ -60,18 +64,18 @@ class PyramidWriter:
         about: Mapping[str, Any],
         rank: int = 0,
     ) -> None:
-        self.out, self.partial = out, partial_of(out)
-        self.shape, self.dtype, self.tile = shape, dtype, tile
-        self.partial.parent.mkdir(parents=True, exist_ok=True)
-        self._group = zarr.open_group(self.partial, mode="a" if rank == 0 else "r+", zarr_format=3)
+        self.folder, self.shape, self.dtype, self.tile = folder, shape, dtype, tile
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self._group = zarr.open_group(folder, mode="a" if rank == 0 else "r+", zarr_format=3)
         self._finest = self._level(0, shape)
-        if rank == 0:
-            self._group.attrs["imgshared"] = dict(about)  # last: what has it is whole
-        self._record = self.partial / f"{DONE}.{rank}"
+        self.whole = "ome" in self._group.attrs
+        if rank == 0 and "imgshared" not in self._group.attrs:
+            self._group.attrs["imgshared"] = dict(about)  # last: what has it can be gone on with
+        self._record = folder / f"{DONE}.{rank}"
 
     def done(self) -> set[int]:
         """Return the numbers of the tiles that any process has finished."""
-        lines = [line for file in self.partial.glob(f"{DONE}.*") for line in file.read_text().splitlines(True)]
+        lines = [line for file in self.folder.glob(f"{DONE}.*") for line in file.read_text().splitlines(True)]
         return {int(line) for line in lines if line.endswith("\n")}  # a line without an end was cut off
 
     def write(self, number: int, rows: slice, columns: slice, pixels: NDArray[Any]) -> None:
@@ -85,22 +89,31 @@ class PyramidWriter:
             file.write(f"{number}\n")
 
     def finish(
-        self, channels: Sequence[ChannelLook], pixel_size_um: float | None, about: Mapping[str, Any] | None = None
-    ) -> Path:
-        """Make the coarser levels, each pixel the mean of four, write the metadata, and give the whole its name.
+        self,
+        name: str,
+        channels: Sequence[ChannelLook],
+        pixel_size_um: float | None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make the coarser levels, each pixel the mean of four, and write the metadata of the whole.
 
         `about` is added to the provenance.
         """
         levels = [self._finest]
         while max(levels[-1].shape[1:]) > SMALLEST:
             levels.append(self._coarser(len(levels), levels[-1]))
-        self._group.attrs["ome"] = image_metadata(self.out.name, channels, pixel_size_um, len(levels), self.dtype)
+        for cut_off in self.folder.rglob("*.partial"):  # what zarr was writing when a process was killed
+            cut_off.unlink()
         known: Any = self._group.attrs["imgshared"]
-        self._group.attrs["imgshared"] = {**known, **(about or {})}
-        for file in self.partial.glob(f"{DONE}.*"):
-            file.unlink()
-        put_in_place(self.partial, self.out)
-        return self.out
+        image = image_metadata(name, channels, pixel_size_um, len(levels), self.dtype)
+        self._group.attrs.put({"imgshared": {**known, **(about or {})}, "ome": image})  # at once: now it is whole
+        self.whole = True
+
+    def forget(self) -> None:
+        """Remove what was written down for an interrupted writer to go on from: of a whole image, nothing is left."""
+        for kind in (DONE, RECORD):
+            for file in self.folder.glob(f"{kind}.*"):
+                file.unlink()
 
     def _level(self, number: int, shape: tuple[int, ...]) -> zarr.Array[Any]:
         if str(number) in self._group:
@@ -120,25 +133,6 @@ class PyramidWriter:
                     if part.any():  # glass costs nothing
                         coarser[channel, y : y + self.tile, x : x + self.tile] = halved(part)
         return coarser
-
-
-def partial_of(out: Path) -> Path:
-    """Where an image is written before it has its name."""
-    return Path(f"{out}.partial")
-
-
-def begun(out: Path) -> Mapping[str, Any] | None:
-    """Return the provenance of what an interrupted writer left; None for nothing that could be gone on with."""
-    partial = partial_of(out)
-    if not (partial / "zarr.json").exists():
-        return None
-    about: Any = zarr.open_group(partial, mode="r").attrs.get("imgshared")
-    return dict(about) if about is not None else None
-
-
-def discard(out: Path) -> None:
-    """Remove what an interrupted writer left."""
-    shutil.rmtree(partial_of(out), ignore_errors=True)
 
 
 def image_metadata(

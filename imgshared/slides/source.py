@@ -6,6 +6,9 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from imgshared.config import SlideConfig
 from imgshared.data.panel import nearest
@@ -51,22 +54,59 @@ class Slide:
 
     @contextlib.contextmanager
     def reader(self, names: Sequence[str]) -> Iterator[Read]:
-        """Open the file, and yield what reads windows of the grid, (n, Y, X), of channels by their names in it."""
-        with windows(self.image, names, self.level) as read:
+        """Open the file, and yield what reads windows of the grid, (n, Y, X), of channels by their names in it.
+
+        Raises
+        ------
+        InputError
+            Of what it yields, where a window cannot be read, or holds float pixels that are no intensities: the channel
+            and the place in the file's level are named.
+        """
+        with contextlib.ExitStack() as stack:
+            every, alone = stack.enter_context(windows(self.image, names, self.level)), list[Read]()
+
+            def read(rows: slice, columns: slice) -> NDArray[Any]:
+                try:
+                    pixels = every(rows, columns)
+                except InputError as error:
+                    if not alone:
+                        alone.extend([stack.enter_context(windows(self.image, [n], self.level)) for n in names])
+                    raise _of_channel(names, alone, rows, columns) or error from error
+                try:
+                    return self.image.checked(names, pixels)
+                except InputError as error:
+                    raise InputError(f"{error}, at rows {rows.start} to {rows.stop}, columns {columns.start} to "
+                                     f"{columns.stop}") from error  # fmt: skip
+
             yield read if self.shape == self.level_shape else Resampled(read, self.level_shape, self.shape)
+
+
+def _of_channel(names: Sequence[str], alone: Sequence[Read], rows: slice, columns: slice) -> InputError | None:
+    """Return the error of the first channel that cannot be read."""
+    for name, read in zip(names, alone, strict=True):
+        try:
+            read(rows, columns)
+        except InputError as error:
+            return InputError(f"channel {name!r} of {error}")
+    return None
 
 
 def open_slide(run: Run, path: Path, config: SlideConfig) -> Slide:
     """Open an image by its header, and hold it against what the model takes for granted.
 
+    The configuration's channel names and pixel size hold in place of those of the header.
+
     Raises
     ------
     InputError
         Where the image cannot be used: damaged, a source is missing (the names that are there are listed), another
-        dtype, or pixels of another size that the configuration does not allow to be resampled.
+        number of channels than the configuration names, another dtype, or pixels of another size that the configuration
+        does not allow to be resampled.
     """
     image = open_image(path, names=config.channels or ())
-    if image.pixel_size_um is None and config.pixel_size_um is not None:
+    if config.channels is not None:
+        image = replace(image, channels=_named(image, config.channels))
+    if config.pixel_size_um is not None:
         image = replace(image, pixel_size_um=config.pixel_size_um)
     if image.dtype.name != run.contract.dtype:
         raise InputError(
@@ -77,6 +117,19 @@ def open_slide(run: Run, path: Path, config: SlideConfig) -> Slide:
     levels = level_shapes(path) if not image.files else [image.shape[1:]]
     level, shape, size = _grid(image, levels, run.contract.pixel_size_um, config.resample)
     return Slide(image, level, shape, levels[level], size, channels)
+
+
+def _named(image: ImageFile, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the wished names of an image's channels."""
+    count, lower = image.shape[0], [name.lower() for name in names]
+    if len(names) != count:
+        raise InputError(
+            f"{image.path} holds {count} channel(s), but channels=[...] names {len(names)}: {', '.join(names)}"
+        )
+    twice = sorted({name for name in names if lower.count(name.lower()) > 1})
+    if twice:
+        raise InputError(f"channels=[...] names {', '.join(twice)} twice: each channel needs its own name")
+    return tuple(names)
 
 
 def _channels(run: Run, image: ImageFile, needed: Sequence[int]) -> dict[int, str]:
@@ -113,7 +166,8 @@ def _grid(
     if not resample:
         told = ", ".join(f"{size:.4g}" for size in sizes)
         raise InputError(
-            f"{image.path} has pixels of {told} µm, the model was trained at {wanted:g} µm: resample=true resamples it"
+            f"{image.path} has pixels of {told} µm, the model was trained at {wanted:g} µm: resample=true resamples "
+            "it, pixel_size_um=... corrects it"
         )
     level = max([k for k, size in enumerate(sizes) if size < wanted], default=0)
     shape = tuple(max(1, round(side * sizes[level] / wanted)) for side in levels[level])

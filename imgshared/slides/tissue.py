@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 
 from imgshared.data.readers import open_mask
-from imgshared.data.windows import level_shapes, read_labels, windows
+from imgshared.data.windows import level_shapes, plan_tiles, read_labels
+from imgshared.slides.damage import Damage, covered
 from imgshared.slides.source import Slide
 from imgshared.types import InputError
 
@@ -50,20 +51,24 @@ class Tissue:
         return np.asarray(part[(at[0] - at[0][0])[:, None], at[1] - at[1][0]])
 
 
-def find_tissue(slide: Slide, channel: str) -> Tissue:
+def find_tissue(slide: Slide, channel: str, *, skip_damaged: bool = False) -> Tissue:
     """Find tissue by Otsu's threshold on the square root of a smoothed thumbnail of one channel.
+
+    With `skip_damaged` a part of the thumbnail that cannot be read counts as tissue: the slide may be whole there.
 
     Raises
     ------
     InputError
-        Where the channel is constant.
+        Where the channel is constant, or cannot be read.
     """
-    small = thumbnail(slide, channel)
+    small, lost = thumbnail(slide, channel, skip_damaged=skip_damaged)
     factor = max(slide.shape) / max(small.shape)
+    small[lost] = small[~lost].min() if not lost.all() else 0
     image = np.sqrt(ndimage.gaussian_filter(small - small.min(), SMOOTH / factor))  # dim tissue is tissue
     if not image.max() > image.min():
         raise InputError(f"{slide.path}: {channel!r} is the same everywhere, so tissue=otsu finds none: leave it out")
-    near = ndimage.distance_transform_edt(image <= threshold_otsu(image)) <= GROW / factor
+    near = ndimage.distance_transform_edt(image <= threshold_otsu(image[~lost])) <= GROW / factor
+    near |= lost
     return Tissue(lambda *at: near[at], (small.shape[0], small.shape[1]), slide.shape)
 
 
@@ -92,20 +97,27 @@ def _window(path: Path, rows: slice, columns: slice) -> NDArray[Any]:
         return read(rows, columns)
 
 
-def thumbnail(slide: Slide, channel: str) -> NDArray[np.float32]:
-    """Return a small (y, x) picture of a channel: means of squares, of the coarsest level that is large enough."""
+def thumbnail(
+    slide: Slide, channel: str, *, skip_damaged: bool = False
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return a small (y, x) picture of a channel, means of squares of the coarsest level that is large enough, and
+    where it could not be read."""
     shapes = level_shapes(slide.path) if not slide.image.files else [slide.level_shape]
     level = max([k for k, shape in enumerate(shapes) if max(shape) >= THUMBNAIL], default=0)
+    coarse = replace(slide, level=level, shape=shapes[level], level_shape=shapes[level])
     height, width = shapes[level]
     factor = max(1, -(-max(height, width) // THUMBNAIL))
     out = np.zeros((-(-height // factor), -(-width // factor)), np.float32)
-    block = BLOCK // factor * factor
-    with windows(slide.image, [channel], level) as read:
-        for y in range(0, height, block):
-            for x in range(0, width, block):
-                small = _means(read(slice(y, min(y + block, height)), slice(x, min(x + block, width)))[0], factor)
-                out[y // factor :, x // factor :][: small.shape[0], : small.shape[1]] = small
-    return out
+    lost, damage = np.zeros(out.shape, bool), Damage(coarse.shape, allowed=skip_damaged)
+    with coarse.reader([channel]) as reader:
+        read = damage.guard(reader, 1, slide.image.dtype)
+        for tile in plan_tiles(coarse.shape, BLOCK // factor * factor):
+            pixels = read(*tile)[0]
+            unread = covered(damage.blocks, tile)
+            y, x = (span.start // factor for span in tile)
+            for whole, part in ((out, _means(pixels, factor)), (lost, _means(unread, factor) > 0)):
+                whole[y : y + part.shape[0], x : x + part.shape[1]] = part
+    return out, lost
 
 
 def _means(image: NDArray[Any], factor: int) -> NDArray[np.float32]:

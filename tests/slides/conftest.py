@@ -1,10 +1,13 @@
 """Slides on disk, and a run that predicts them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tifffile
 
 from imgshared.config import TranslatorConfig, TranslatorWeights
+from imgshared.evaluation.calibrate import calibrate
 
 TRANSLATOR = TranslatorConfig(
     channels=(8, 12), marker_dim=4, weights=TranslatorWeights(adversarial=0.1, sharp=1.0), discriminator_channels=(4,)
@@ -15,6 +18,15 @@ TRANSLATOR = TranslatorConfig(
 def run(untrained):
     """A translator with both outputs."""
     return untrained(TRANSLATOR)
+
+
+@pytest.fixture
+def calibrated(run, toy, tmp_path):
+    """The same, with intervals of its own."""
+    (tmp_path / "run").mkdir()
+    own = replace(run, path=tmp_path / "run")
+    calibrate(own, toy)
+    return own
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import zarr
 
 from imgshared.config import SlideConfig
 from imgshared.data.ngff import open_ngff, plate_fields
@@ -33,12 +34,38 @@ def test_every_field_is_predicted_in_its_place(run, plate, tmp_path):
         np.testing.assert_array_equal(image.read([0, 1]), np.rint(whole).clip(0, 65535))
 
 
-def test_missing_fields_are_named_and_left_out_on_request(run, plate, tmp_path):
-    shutil.rmtree(plate / "B" / "2" / "1")
-    with pytest.raises(InputError, match=r"names 1 field\(s\) that are not there: B/2/1. Copy it again"):
+@pytest.mark.parametrize("lost", ["B/2/1", "B/2/1/0", "B/2"])
+def test_what_is_missing_is_named_and_left_out_on_request(run, plate, tmp_path, lost):
+    shutil.rmtree(plate / lost)
+    with pytest.raises(InputError, match=rf"{lost[:5]}.* Copy it again, or leave .*skip_damaged=true"):
         predict_plate(run, plate, tmp_path / "out.ome.zarr")
     out = predict_plate(run, plate, tmp_path / "out.ome.zarr", SlideConfig(skip_damaged=True))
-    assert [f.path for f in plate_fields(out)] == ["A/1/0", "A/1/1", "B/2/0"]
+    assert [f.path for f in plate_fields(out)] == ["A/1/0", "A/1/1", "B/2/0"][: 2 if lost == "B/2" else 3]
+    assert zarr.open_group(out, mode="r").attrs["imgshared"]["missing"] == [lost[:5]]
+
+
+def test_a_plate_without_any_field_is_refused(run, plate, tmp_path):
+    shutil.rmtree(plate / "A" / "1")
+    shutil.rmtree(plate / "B" / "2")
+    with pytest.raises(InputError, match="names the well A/1, which is not there"):
+        predict_plate(run, plate, tmp_path / "out.ome.zarr", SlideConfig(skip_damaged=True))
+
+
+def test_a_plate_is_not_gone_on_with_other_settings(run, plate, tmp_path):
+    def stop(what, done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out.ome.zarr"
+    with pytest.raises(KeyboardInterrupt):
+        predict_plate(run, plate, out, SlideConfig(markers=("P1",)), progress=stop)
+    other = SlideConfig(markers=("P2",))
+    with pytest.raises(InputError, match=r"holds an interrupted prediction with another settings: pass --overwrite"):
+        predict_plate(run, plate, out, other)
+    predict_plate(run, plate, out, other, overwrite=True)
+    assert {open_ngff(out / f.path).channels for f in plate_fields(out)} == {("P2_imputed",)}
+    about = zarr.open_group(out, mode="r").attrs["imgshared"]
+    assert (about["kind"], about["settings"]["markers"]) == ("predicted plate", ["P2"])
 
 
 def test_an_interrupted_plate_goes_on(run, plate, tmp_path, monkeypatch):

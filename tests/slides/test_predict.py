@@ -1,6 +1,5 @@
 """A slide in, an image with predicted channels out."""
 
-import errno
 import json
 
 import numpy as np
@@ -55,7 +54,7 @@ def test_the_image_says_what_it_is(run, pixels, write_tiff, tmp_path):
     means = group["0"][:].astype(float).reshape(4, 700, 2, 530, 2).mean((2, 4))
     assert np.abs(group["1"][:] - means).max() <= 0.5
     about = group.attrs["imgshared"]
-    assert about["imputed"] == ["P1_imputed", "P2_imputed"]
+    assert (about["imputed"], about["uncertainty"]) == (["P1_imputed", "P2_imputed"], [])
     assert about["sources"] == ["DNA"]
     assert len(about["checkpoint_sha256"]) == 64
     assert about["settings"]["tile"] == 512
@@ -102,41 +101,12 @@ def test_sharp_and_intervals_and_fewer_markers(run, pixels, write_tiff, tmp_path
     np.testing.assert_allclose(predicted(out), want, rtol=1e-5, atol=1e-2)
     out = predict_slide(run, path, tmp_path / "spread.ome.zarr", SlideConfig(intervals=True, dtype="float32"))
     assert open_ngff(out).channels == ("P1_imputed", "P2_imputed", "P1_imputed_uncertainty", "P2_imputed_uncertainty")
+    about = zarr.open_group(out, mode="r").attrs["imgshared"]
+    assert about["imputed"] == ["P1_imputed", "P2_imputed"]
+    assert about["uncertainty"] == ["P1_imputed_uncertainty", "P2_imputed_uncertainty"]
     assert (predicted(out)[2:] > 0).all()
     with pytest.raises(InputError, match="no calibration for these sources and the mean output"):
         predict_slide(run, path, tmp_path / "x.ome.zarr", SlideConfig(intervals=True, sources=("DNA", "P1")))
-
-
-class Stopped(Exception):
-    pass
-
-
-def test_an_interrupted_prediction_goes_on(run, pixels, write_tiff, tmp_path, monkeypatch):
-    path, out = write_tiff(tmp_path / "s.ome.tif", pixels), tmp_path / "out.ome.zarr"
-    whole = predicted(predict_slide(run, path, tmp_path / "whole.ome.zarr", SMALL))
-
-    def stop(what, done, total):
-        assert total == 9
-        if done == 4:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        predict_slide(run, path, out, SMALL, progress=stop)
-    assert not out.exists()
-    written, write = [], PyramidWriter.write
-    monkeypatch.setattr(PyramidWriter, "write", lambda self, n, *rest: (written.append(n), write(self, n, *rest)))
-    with pytest.raises(InputError, match="interrupted prediction with another settings: pass --overwrite"):
-        predict_slide(run, path, out, SlideConfig(tile=512))
-    np.testing.assert_array_equal(predicted(predict_slide(run, path, out, SMALL)), whole)
-    assert 0 not in written
-    assert 4 <= len(written) <= 6
-
-
-def test_a_line_that_was_cut_off_is_no_finished_tile(tmp_path):
-    writer = PyramidWriter(tmp_path / "a", (1, 512, 512), np.dtype("uint8"), tile=256, about={})
-    writer.note(1)
-    (writer.partial / "tiles-done.1").write_text("0\n2")
-    assert writer.done() == {0, 1}
 
 
 def test_glass_is_neither_read_nor_predicted(run, pixels, write_tiff, tmp_path, monkeypatch):
@@ -157,6 +127,22 @@ def test_glass_is_neither_read_nor_predicted(run, pixels, write_tiff, tmp_path, 
     inside = (slice(None), slice(300, 800), slice(200, 700))
     np.testing.assert_allclose(each[0][inside], whole[inside], atol=1e-5 * np.ptp(whole))
     assert (each[0][:, 900:] == 0).all()
+
+
+def test_what_was_measured_on_glass_stays(run, write_tiff, tmp_path):
+    slide = np.random.default_rng(0).poisson(300, (2, 700, 530)).astype(np.uint16)
+    path = write_tiff(tmp_path / "s.ome.tif", slide)
+    mask = np.zeros((700, 530), np.uint8)
+    mask[:300, :200] = 1  # beside it, tiles of glass alone, and tiles of both
+    tifffile.imwrite(tmp_path / "m.tif", mask)
+    each = []
+    for tile in (256, 512):
+        wish = SlideConfig(tile=tile, tissue=str(tmp_path / "m.tif"), measured=True, dtype="float32")
+        each.append(predicted(predict_slide(run, path, tmp_path / f"{tile}.ome.zarr", wish)))
+        np.testing.assert_array_equal(each[-1][:2], slide)
+        assert not each[-1][2:, mask == 0].any()  # pixel by pixel
+        assert each[-1][2:, mask == 1].all()
+    np.testing.assert_allclose(each[0], each[1], atol=1e-5 * np.ptp(each[0]))
 
 
 def test_a_mask_of_tissue_may_be_of_any_level(run, pixels, write_tiff, tmp_path):
@@ -184,20 +170,6 @@ def test_a_slide_may_set_its_own_brightness(run, pixels, write_tiff, tmp_path):
     path = write_tiff(tmp_path / "flat.ome.tif", pixels * 0)
     with pytest.raises(InputError, match="'DNA' is the same everywhere, so normaliser=slide cannot be fitted"):
         predict_slide(run, path, tmp_path / "d.ome.zarr", own)
-
-
-def test_a_full_disk_keeps_what_is_done(run, pixels, write_tiff, tmp_path, monkeypatch):
-    path, out = write_tiff(tmp_path / "s.ome.tif", pixels), tmp_path / "o.ome.zarr"
-
-    def full(self, number, *rest):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as m:
-        m.setattr(PyramidWriter, "write", full)
-        with pytest.raises(InputError, match=r"the disk is full: what is done of .* is kept"):
-            predict_slide(run, path, out, SMALL)
-    assert not out.exists()
-    assert predict_slide(run, path, out, SMALL).exists()
 
 
 def test_what_cannot_be_predicted_is_refused(run, trained_run, pixels, write_tiff, tmp_path):

@@ -1,9 +1,11 @@
 """Several processes, and processes that are killed."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,11 +35,11 @@ def run_folder(toy_path, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def slide(tmp_path_factory):
-    """120 tiles of 256 px, and their prediction by this process."""
+    """48 tiles of 256 px."""
     import tifffile
 
     path = tmp_path_factory.mktemp("slide") / "s.ome.tif"
-    image = np.random.default_rng(0).poisson(300, (1, 2500, 3000)).astype(np.uint16)
+    image = np.random.default_rng(0).poisson(300, (1, 1500, 2000)).astype(np.uint16)
     metadata = {"axes": "CYX", "Channel": {"Name": ["DNA"]}, "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
     tifffile.imwrite(path, image, tile=(256, 256), metadata=metadata, ome=True)
     return path
@@ -68,7 +70,7 @@ def test_two_processes_write_what_one_does(run_folder, slide, straight, in_two_p
     assert said.count(str(out)) == 1  # one process speaks
 
 
-@pytest.mark.parametrize("tiles", [1, 30])
+@pytest.mark.parametrize("tiles", [1, 20])
 def test_a_killed_prediction_goes_on_as_if_nothing_had_happened(run_folder, slide, straight, tmp_path, tiles):
     out = tmp_path / "o.ome.zarr"
     record = tmp_path / "o.ome.zarr.partial" / "tiles-done.0"
@@ -81,7 +83,45 @@ def test_a_killed_prediction_goes_on_as_if_nothing_had_happened(run_folder, slid
     assert process.returncode == -signal.SIGKILL
     before = len(record.read_text().splitlines())
     assert not out.exists()
-    assert before < 100
+    assert before < 48
     done = subprocess.run(words, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert files_of(out) == straight
+
+
+def ranks_of(launcher):
+    """The processes that torchrun has started, by their rank."""
+    pids = map(int, Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split())
+    found = {}
+    for pid in pids:
+        variables = dict(v.split(b"=", 1) for v in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if b"=" in v)
+        if b"RANK" in variables:
+            found[int(variables[b"RANK"])] = pid
+    return found
+
+
+def test_a_killed_rank_costs_its_unfinished_tiles_alone(run_folder, slide, straight, in_two_processes, tmp_path):
+    out = tmp_path / "o.ome.zarr"
+    partial = tmp_path / "o.ome.zarr.partial"
+    done = lambda: [line for f in partial.glob("tiles-done.*") for line in f.read_text().splitlines()]  # noqa: E731
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
+    words = [*launcher, "imgshared.cli", *map(str, command(run_folder, slide, out))]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None and len(done()) < 10:
+        time.sleep(0.01)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    process.communicate()
+    assert process.returncode != 0
+    assert not out.exists()
+    finished = set(map(int, done()))
+    assert 10 <= len(finished) < 48
+
+    def shards(image):  # a file that is written again is another file
+        return [
+            (image / "0" / "c" / c / str(k // 8) / str(k % 8)).stat().st_ino for k in sorted(finished) for c in "01"
+        ]
+
+    before = shards(partial)
+    in_two_processes(*command(run_folder, slide, out))
+    assert shards(out) == before
     assert files_of(out) == straight

@@ -52,6 +52,23 @@ def test_an_unknown_pixel_size_must_be_told(run, pixels, write_tiff, tmp_path):
     assert open_slide(run, path, SlideConfig(pixel_size_um=0.5)).shape == (700, 530)
 
 
+def test_a_wish_goes_before_the_header(run, pixels, write_tiff, tmp_path):
+    path = write_tiff(tmp_path / "s.ome.tif", pixels, names=("Nucleus", "P1"), size=0.3, levels=2)
+    with pytest.raises(InputError, match=r"has no DNA.*it has Nucleus, P1.*channels=\[...\] names them in file order"):
+        open_slide(run, path, SlideConfig())
+    with pytest.raises(InputError, match=r"has pixels of 0.3, 0.6 µm.*pixel_size_um=... corrects it"):
+        open_slide(run, path, SlideConfig(channels=("DNA", "P1")))
+    slide = open_slide(run, path, SlideConfig(channels=("DNA", "P1"), pixel_size_um=0.25))
+    assert (slide.level, slide.shape, slide.pixel_size_um) == (1, (350, 265), 0.5)
+    assert slide.channels == {0: "DNA", 1: "P1"}
+    with slide.reader(["DNA"]) as read:
+        np.testing.assert_array_equal(read(slice(10, 20), slice(30, 50))[0], pixels[0, 20:40:2, 60:100:2])
+    with pytest.raises(InputError, match=r"holds 2 channel\(s\), but channels=\[...\] names 1: DNA"):
+        open_slide(run, path, SlideConfig(channels=("DNA",)))
+    with pytest.raises(InputError, match=r"channels=\[...\] names DNA, dna twice"):
+        open_slide(run, path, SlideConfig(channels=("DNA", "dna")))
+
+
 def test_a_slide_must_carry_the_sources(run, pixels, write_tiff, tmp_path):
     path = write_tiff(tmp_path / "s.ome.tif", pixels, names=("DNAA", "CD3"))
     with pytest.raises(

@@ -1,8 +1,11 @@
 """Tiles that fit together."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from imgshared.config import CutConfig, LinearConfig, Pix2pixConfig, RegressionConfig, TranslatorConfig
 from imgshared.data.windows import plan_tiles
@@ -93,3 +96,47 @@ def test_windows_that_disagree_pass_smoothly_into_each_other():
     for side in (256, 512):
         parts = [blended(ramp[:, *blended.outer(t)], t)[0] for t in plan_tiles((512, 1100), side)[: -(-1100 // side)]]
         np.testing.assert_allclose(np.concatenate(parts, 1)[200], row, rtol=1e-5)
+
+
+@pytest.mark.parametrize("part", [(slice(256, 512), slice(512, 768)), (slice(0, 256), slice(900, 1100))])
+def test_what_sees_a_part_of_the_image_is_told_exactly(part):
+    shape = (700, 1100)
+    image, whole = np.zeros((1, *shape), np.float32), (slice(0, 700), slice(0, 1100))
+    image[0, *part] = 1
+    blended = Blended(lambda pixels: np.full_like(pixels, pixels.any()), shape)  # as instance normalisation sees
+    seen = np.zeros(shape, bool)
+    seen[blended.reached(part)] = True
+    np.testing.assert_array_equal(blended(image, whole)[0] > 0, seen)
+    exact = Exact(lambda pixels: ndimage.maximum_filter(pixels, (0, 49, 49)), shape, 24, 16)
+    seen = np.zeros(shape, bool)
+    seen[exact.reached(part)] = True
+    np.testing.assert_array_equal(exact(image, whole)[0] > 0, seen)
+
+
+def test_a_device_that_never_gives_the_same_twice_has_a_reach():
+    torch.manual_seed(0)
+
+    class Trembling(Looking):
+        def translate(self, images, measured, targets):
+            prediction = super().translate(images, measured, targets)
+            return replace(prediction, mean=prediction.mean + 1e-6 * torch.rand_like(prediction.mean))
+
+    sources = torch.tensor([True, False, False])
+    assert reach(Trembling(20), sources, [1]) == reach(Looking(20), sources, [1]) == 32
+
+
+def test_a_smooth_image_has_no_seams(untrained):
+    run = untrained(METHODS[0])
+    y, x = np.mgrid[:603, :530]
+    image = (3000 + 2000 * np.sin(y / 90) * np.cos(x / 110))[None].astype(np.float32)
+    draw = lambda pixels: draw_image(run, pixels, [0], [1, 2])  # noqa: E731
+    whole, margin = draw(image), reach(run.method, run.source_mask(), [1, 2])
+    exact, out = Exact(draw, image.shape[1:], margin, step_of(run.method)), np.zeros_like(draw(image))
+    for tile in plan_tiles(image.shape[1:], 256):
+        out[:, *tile] = exact(image[:, *exact.outer(tile)], tile)
+    steps = np.abs(np.diff(whole, axis=2)).mean()
+    assert np.abs(out - whole).max() < 1e-2 * steps  # a seam would be seen beside what changes from pixel to pixel
+    short = Exact(draw, image.shape[1:], 0, 16)
+    for tile in plan_tiles(image.shape[1:], 256):
+        out[:, *tile] = short(image[:, *short.outer(tile)], tile)
+    assert np.abs(out - whole).max() > steps
