@@ -1,8 +1,9 @@
 """Slides of gigapixels: time, memory, and equality with a prediction of whole windows.
 
-    python scripts/benchmark_slides.py RUN OUT [--gigapixels 1] [--glass 4] [--record benchmarks/slides.json]
+    python scripts/benchmark_slides.py RUN OUT [--gigapixels 1] [--glass 4] [--beside RUN ...] [--record JSON]
 
-RUN is any run whose method takes images of any size. A slide of three channels (uint16, noise whose brightness changes
+RUN is any run whose method takes images of any size; those beside it predict a slide of 4,096 px, for their time and
+memory. A slide of three channels (uint16, noise whose brightness changes
 from place to place) is written as OME-TIFF and OME-Zarr and predicted to its own format by `imgshared predict`, in a
 process of its own, whose greatest resident memory is taken; the OME-Zarr with measured=true, so that every channel is
 read and written. A second one is glass but for a sixteenth, predicted with tissue=otsu. On 8 windows of 1,024 px the
@@ -37,6 +38,7 @@ from imgshared.slides.pyramid import ChannelLook, image_metadata
 BLOCK = 1024
 WINDOWS, AROUND = 8, 1024
 MOST_GB = 3.0
+SMALL = 4096  # px
 
 
 def main() -> None:
@@ -46,38 +48,41 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--gigapixels", type=float, default=1.0, help="of the slide of tissue")
     parser.add_argument("--glass", type=float, default=4.0, help="gigapixels of the slide of glass")
+    parser.add_argument("--beside", type=Path, nargs="*", default=[], help="other runs, on a small slide")
     parser.add_argument("--record", type=Path, default=ROOT / "benchmarks" / "slides.json", help="JSON to write")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
-    run = load_run(a.run)
     side, wide = (round((g * 2**30) ** 0.5 / BLOCK) * BLOCK for g in (a.gigapixels, a.glass))
     rows = []
-    for kind, size, share, wish in (
-        ("ome.tif", side, 1.0, []),
-        ("ome.zarr", side, 1.0, ["measured=true"]),
-        ("ome.zarr", wide, 1 / 16, ["tissue=otsu"]),
-    ):  # fmt: skip
-        what = "glass" if share < 1 else "tissue"
-        found = one(a, run, a.out / f"{what}.{kind}", size, share, wish)
-        rows.append({"slide": f"{what}, {kind}", "settings": " ".join(wish), **found})
+    jobs: list[tuple[Path, str, int, float, list[str]]] = [(run, "ome.zarr", SMALL, 1.0, []) for run in a.beside]
+    jobs += [
+        (a.run, "ome.tif", side, 1.0, []),
+        (a.run, "ome.zarr", side, 1.0, ["measured=true"]),
+        (a.run, "ome.zarr", wide, 1 / 16, ["tissue=otsu"]),
+    ]
+    for path, kind, size, share, wish in jobs:
+        what, run = "glass" if share < 1 else "tissue", load_run(path)
+        about = {"method": run.experiment.method.name, "parameters": sum(p.numel() for p in run.method.parameters())}
+        found = one(path, run, a.out / f"{what}.{kind}", size, share, wish)
+        rows.append({"slide": f"{what}, {kind}", "settings": " ".join(wish), **about, **found})
         print(rows[-1], flush=True)
-    record(a.record, {"method": run.experiment.method.name, "slides": rows})
+    record(a.record, {"slides": rows})
     print(markdown(rows))
     bad = [r["slide"] for r in rows if r["peak GB"] > MOST_GB or r["greatest difference"] > 0.01 * r["of a range of"]]
     if bad:
         raise SystemExit(f"too much memory, or not the prediction of the windows: {', '.join(bad)}")
 
 
-def one(a: argparse.Namespace, run: Run, path: Path, side: int, share: float, wish: list[str]) -> dict[str, Any]:
+def one(model: Path, run: Run, path: Path, side: int, share: float, wish: list[str]) -> dict[str, Any]:
     """Write a slide, predict it, compare windows."""
     names = list(run.panel.markers[:3])
     if not path.exists():
         print(f"writing {path}: {side} x {side} x {len(names)}", flush=True)
         write(path, side, share, names, run.contract.pixel_size_um)
-    out = a.out / f"predicted_{path.name}"
+    out = path.with_name(f"predicted_{path.name}")
     remove(out)
     began = time.perf_counter()
-    words = [sys.executable, "-m", "imgshared.cli", "predict", a.run, path, "--out", out, "--overwrite",
+    words = [sys.executable, "-m", "imgshared.cli", "predict", model, path, "--out", out, "--overwrite",
              f"markers=[{run.panel.proteins[0]}]", *wish]  # fmt: skip
     peak = watched(words)
     seconds = time.perf_counter() - began
