@@ -8,7 +8,7 @@ from place to place) is written as OME-TIFF and OME-Zarr and predicted to its ow
 process of its own, whose greatest resident memory is taken; the OME-Zarr with measured=true, so that every channel is
 read and written. A second one is glass but for a sixteenth, predicted with tissue=otsu. On 8 windows of 1,024 px the
 result is held against `predict_image` of a window of 3,072 px about it. More than 3 GB, or a difference of more than
-1%, is an error.
+1% of the range, is an error, and so is a prediction that is the same everywhere: train RUN long enough.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     record(a.record, {"slides": rows})
     print(markdown(rows))
-    bad = [r["slide"] for r in rows if r["peak GB"] > MOST_GB or r["greatest difference"] > 0.01 * r["of a range of"]]
+    bad = [r["slide"] for r in rows if r["peak GB"] > MOST_GB or r["greatest difference"] >= 0.01 * r["of a range of"]]
     if bad:
         raise SystemExit(f"too much memory, or not the prediction of the windows: {', '.join(bad)}")
 
