@@ -133,7 +133,7 @@ def row_of(what: str, count: int, gaps: list[tuple[Any, Any]]) -> dict[str, Any]
 def trained(method: str, store: Path, out: Path, *wish: str) -> Run:
     """Train for a moment, once."""
     if not (out / "checkpoints" / "best.safetensors").exists():
-        settings = [f"data={store}", "split.test=0.25", "split.val=0.25", *wish]
+        settings = [f"data={store}", "split.test=0.5", "split.val=0.25", *wish]
         imgshared.train(load(Experiment, ROOT / "configs" / f"{method}.yaml", settings), out=out, console=Console())
     return load_run(out)
 
