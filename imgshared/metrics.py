@@ -257,8 +257,8 @@ def estimate(groups: ArrayLike, statistic: Statistic, bounds: tuple[float, float
 
     The delete-one-group jackknife with Student's t (Tukey 1958; Miller 1974): cells of a group are alike, so only
     groups are replicates. It holds the truth 93 to 96% of the time from three groups on; a percentile bootstrap of
-    whole groups 72 to 76% with three and 91 to 93% with sixteen. Of an AUROC whose groups are of one class each it holds
-    90% with five groups, 94 to 95% from eight on (`scripts/study_intervals.py`).
+    whole groups 72 to 76% with three and 91 to 93% with sixteen. Of an AUROC whose groups are of one class each it
+    holds 90% with five groups, 94 to 95% from eight on (`scripts/study_intervals.py`).
 
     Returns
     -------
