@@ -156,14 +156,8 @@ def coverage_table(table: pd.DataFrame) -> Table | None:
         rows.append([_text(marker), *(_value(scores.loc[name]) for name in ("pixels", "cell", "abstain"))])
         limit = float(scores["value"]["limit"])
         rows[-1] += [_number(limit) if np.isfinite(limit) else _text("never"), _count(int(part["cells"].iloc[0]))]
-    return [
-        "stain",
-        "pixels within",
-        "cell means within",
-        "better not predicted",
-        "from a half width of",
-        "cells",
-    ], rows
+    head = ["stain", "pixels within", "cell means within", "better not predicted", "from a half width of", "cells"]
+    return head, rows
 
 
 def check_table(table: pd.DataFrame) -> Table | None:

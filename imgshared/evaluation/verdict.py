@@ -126,8 +126,8 @@ def unsound(controls: pd.DataFrame) -> list[str]:
     """Say which controls did not come out as they must: no verdict on their labels holds."""
     failed = controls[~controls["sound"]] if len(controls) else controls
     return [
-        f"{r['label']} ({r['backend']}): {r['control']} must be at chance and reaches AUROC {r['value']:.2f} "
-        f"[{r['low']:.2f}, {r['high']:.2f}]"
+        f"{r['label']} ({r['backend']}): {r['control']} must be at chance and reaches AUROC {r['value']:.2f}"
+        + ("" if np.isnan(r["low"]) else f" [{r['low']:.2f}, {r['high']:.2f}]")
         for r in failed.to_dict("records")
     ]
 

@@ -86,3 +86,5 @@ def test_an_unsound_control_is_shouted():
     assert verdict.stamps(["seen"], table, []) == [("Leaking: do not cite", ["seen"]),
                                                    ("Unsound: do not use its verdicts", [said])]  # fmt: skip
     assert verdict.stamps([], pd.DataFrame(), []) == []
+    (alone,) = verdict.unsound(table.head(1).assign(low=np.nan, high=np.nan))  # one group: no interval
+    assert alone.endswith("AUROC 0.80")
