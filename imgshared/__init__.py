@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from imgshared.api import (
+        ensemble,
         evaluate,
         export,
         load_run,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ensemble",
     "evaluate",
     "export",
     "load_run",

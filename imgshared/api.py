@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,14 @@ from imgshared.evaluation.refit import await_folds, fit_folds
 from imgshared.prediction import Run, predict_image
 from imgshared.prediction import load_run as _load_run
 from imgshared.prediction import predict as _predict
+from imgshared.prediction.ensemble import make_ensemble
 from imgshared.slides import predict_plate, predict_slide
 from imgshared.training.devices import alone, place_among_processes
 from imgshared.training.loop import train as _train
 from imgshared.types import InputError
 
 __all__ = [
+    "ensemble",
     "evaluate",
     "export",
     "load_run",
@@ -122,9 +124,34 @@ def train(
         out = Path("runs") / name
     console = console or Console()
     _train(experiment, Path(out), resume=resume, console=console)
-    run = load_run(out)
-    calibrate(run, CellStore(experiment.data))
-    if assess(run, CellStore(experiment.data)):
+    return _with_trust(load_run(out), console)
+
+
+def ensemble(runs: Sequence[Run | PathLike], out: PathLike, *, console: Console | None = None) -> Run:
+    """Make one run of several that differ in their seed alone, calibrate it, and open it.
+
+    It predicts their mean, more exactly than any of them as a rule; where they disagree its intervals are wider.
+
+    Raises
+    ------
+    InputError
+        See `prediction.ensemble.make_ensemble`; also where the store that trained the runs is not where it was.
+    """
+    members = [_opened_run(run) for run in runs]
+    for run in members:
+        data = run.experiment.data
+        if not data.exists() or CellStore(data).data_hash != run.contract.data_hash:
+            raise InputError(
+                f"{data}, which trained {run.path}, is not there or has changed: its validation groups are needed"
+            )
+    return _with_trust(load_run(make_ensemble(members, Path(out))), console or Console())
+
+
+def _with_trust(run: Run, console: Console) -> Run:
+    """Calibrate a run on its validation groups, and say what these speak against."""
+    store = CellStore(run.experiment.data)
+    calibrate(run, store)
+    if assess(run, store):
         for warning in warnings_of(run, run.panel.markers):
             console.print(f"imputability, on the validation groups: {warning}", highlight=False, soft_wrap=True)
     return run

@@ -29,6 +29,7 @@ from imgshared.methods.apollo import Apollo
 from imgshared.methods.base import Method
 from imgshared.methods.cut import Cut
 from imgshared.methods.cyclegan import CycleGan
+from imgshared.methods.ensemble import Ensemble
 from imgshared.methods.linear import Linear
 from imgshared.methods.mvae import Mvae
 from imgshared.methods.pix2pix import Pix2pix
@@ -53,7 +54,7 @@ def build_panel(experiment: Experiment, store: CellStore) -> Panel:
 def build_split(experiment: Experiment, store: CellStore) -> Split:
     """Return the grouped split."""
     c = experiment.split
-    return make_split(store.obs, by=c.by, val=c.val, test=c.test, stratify=c.stratify, seed=experiment.seed)
+    return make_split(store.obs, by=c.by, val=c.val, test=c.test, stratify=c.stratify, seed=c.seed)
 
 
 def build_measured(experiment: Experiment, store: CellStore, panel: Panel) -> NDArray[np.bool_]:
@@ -90,7 +91,7 @@ def build_normaliser(
         cofactor=c.cofactor,
         low=c.low,
         high=c.high,
-        seed=experiment.seed,
+        seed=experiment.split.seed,
     )
 
 
@@ -122,11 +123,19 @@ def build_method(config: MethodConfig, panel: Panel, crop_px: int) -> Method:
             return Translator(config, panel=panel, crop_px=crop_px)
 
 
+def build_trained(experiment: Experiment, panel: Panel, crop_px: int) -> Method:
+    """Return what a run's weights are loaded into: the method, or an ensemble of such."""
+    if not experiment.ensemble:
+        return build_method(experiment.method, panel, crop_px)
+    return Ensemble([build_method(experiment.method, panel, crop_px) for _ in experiment.ensemble])
+
+
 def _refuse_ignored(config: MethodConfig) -> None:
     """Refuse settings that the chosen variant of a method would not use."""
     match config:
         case ApolloConfig():
-            two_step = ("latent_noise", "latent_init_std", "norm_weight", "lr_decoder", "lr_latent", "encoder_epochs")
+            two_step = ("latent_noise", "draws", "latent_init_std", "norm_weight", "lr_decoder", "lr_latent",
+                        "encoder_epochs")  # fmt: skip
             ignored = {name: f"method.one_step={str(config.one_step).lower()}" for name in
                        (two_step if config.one_step else ("kl_weight", "match_weight"))}  # fmt: skip
         case TranslatorConfig():

@@ -32,6 +32,7 @@ predict unmeasured stains, and check the predictions.
   imgshared demo                                     see everything work, on simulated cells
   imgshared prepare manifest.csv cells.zarr          images and a table to a cell store
   imgshared train configs/translator.yaml data=cells.zarr
+  imgshared ensemble runs/a runs/b --out runs/both   runs of several seeds as one
   imgshared predict runs/translator cells.zarr       unmeasured stains and latents of cells
   imgshared predict runs/translator slide.ome.tif    unmeasured stains of a whole slide or plate
   imgshared export runs/translator translator.onnx   one file that predicts without imgshared
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = [word for before, word in pairs if SETTING.match(word) and before not in ("--config", "--out")]
     arguments, rest = parser.parse_known_args([word for word in words if word not in settings])
     arguments.settings = settings
-    if rest or (settings and arguments.verb == "demo"):
+    if rest or (settings and arguments.verb in ("demo", "ensemble")):
         parser.error(f"unrecognised: {' '.join(rest or settings)}")
     warnings.filterwarnings("ignore", module="zarr|anndata|lightning_fabric")
     try:
@@ -119,6 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     train = _verb(verbs, "train", _train, "train a method; Ctrl-C leaves a checkpoint", config="positional")
     train.add_argument("--out", type=Path, help="run folder (default: runs/<name of the configuration>)")
     train.add_argument("--resume", action="store_true", help="continue exactly where the last checkpoint stands")
+
+    ensemble = _verb(verbs, "ensemble", _ensemble, "runs that differ in their seed alone as one run", settings=False)
+    ensemble.add_argument("run_folders", metavar="run", nargs="+", type=Path, help="run folder, two at least")
+    ensemble.add_argument("--out", type=Path, required=True, help="run folder to write")
 
     predict = _verb(verbs, "predict", _predict, "unmeasured stains of cells, slides or plates, in raw intensity units")
     predict.add_argument(
@@ -207,6 +212,12 @@ def _train(a: argparse.Namespace) -> None:
     from imgshared import api
 
     api.train(a.config, *a.settings, out=a.out, resume=a.resume, console=_console())
+
+
+def _ensemble(a: argparse.Namespace) -> None:
+    from imgshared import api
+
+    print(api.ensemble(a.run_folders, a.out, console=_console()).path)
 
 
 def _predict(a: argparse.Namespace) -> None:

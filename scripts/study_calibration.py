@@ -7,11 +7,16 @@ mean; 90% intervals. The judged donors are judged twice: as they are, and as ano
 has a gain and an offset of its own (`SHIFTS`): of that no calibration on the first batch can promise anything. Odd
 sources are the judged cells, chromatin blurred, saturated, replaced by another stain, and magnified; the score is how
 well `obs["ood"]` of `imgshared predict` tells them from the same cells untouched.
+
+What tells an unsure pixel? Of these two it is the predicted intensity. Beside them, for the first seed: apollo's
+weights with the scale of latent noise (`method.draws`), translator with a head that predicts its scale
+(`method.head=laplace`), and an ensemble of translators of `MEMBERS` seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,14 +31,17 @@ from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
 import imgshared
-from imgshared.config import Experiment, load
+from imgshared.config import Experiment, dump, load
 from imgshared.data.store import CellStore, StoreWriter, panel_table
+from imgshared.evaluation.calibrate import calibrate
 from imgshared.prediction import Run
 
 METHODS = {
     "apollo": ("method.proteins_per_step=1", "method.latent_epochs={latent}", "method.encoder_epochs={encoder}"),
     "translator": ("method.epochs={epochs}", "method.weights.adversarial=0", "method.weights.sharp=0"),
 }
+MEMBERS = 3
+DRAWS = 8
 SHIFTS = (0.15, 40.0)  # standard deviations over donors and channels: of the log of the gain, of the offset (counts)
 CELLS = 600  # of the judged donors whose sources are made odd
 Images = NDArray[Any]
@@ -81,16 +89,15 @@ def main() -> None:
     coverage, risk, odd, batch = [], [], [], []
     for seed in a.seeds:
         store = stored(a, seed)
-        for name in METHODS:
-            run = trained(a, name, store, seed)
+        for name, run in runs_of(a, store, seed, scales=seed == a.seeds[0]).items():
             found = imgshared.evaluate(run, store, console=Console())
             about = {"method": name, "seed": seed}
             coverage += [about | row for row in found.coverage.to_dict("records")]
             risk += [about | row for row in found.risk.to_dict("records")]
             other = rebatched(run, CellStore(store), a.out / f"batch_{seed}.zarr", seed)
-            moved = imgshared.evaluate(run, other, a.out / f"{name}_{seed}_batch", console=Console())
+            moved = imgshared.evaluate(run, other, run.path.with_name(f"{run.path.name}_batch"), console=Console())
             batch += [about | row for row in moved.coverage.to_dict("records")]
-            odd += [about | row for row in oddness(run, CellStore(store), a.out / f"odd_{name}_{seed}")]
+            odd += [about | row for row in oddness(run, CellStore(store), run.path.with_name(f"{run.path.name}_odd"))]
     result = summary(coverage, risk, odd) | {"within, another batch": within(batch), "another batch": batch}
     record(a.record or a.out / "calibration.json", result)
     print("\nshare within 90% intervals, unseen donors, mean over seeds\n\n" + markdown(result["within"]))
@@ -107,6 +114,7 @@ def summary(coverage: list[Row], risk: list[Row], odd: list[Row]) -> dict[str, A
     ratio = curves / curves.groupby(["method", "seed", "marker"], sort=False).transform("first")
     falls = ratio.rename("ratio").reset_index().pivot_table("ratio", "method", "kept", sort=False)
     falls.columns = [f"{kept:.0%}" for kept in falls.columns]
+    falls["error of all"] = curves.xs(1.0, level="kept").groupby("method", sort=False).mean()
     told = pd.DataFrame(odd).pivot_table("AUROC", "method", "source", "min", sort=False)
     return {
         "within": within(coverage), "told": told.reset_index().to_dict("records"),
@@ -148,16 +156,42 @@ def stored(a: argparse.Namespace, seed: int) -> Path:
     return store
 
 
-def trained(a: argparse.Namespace, name: str, store: Path, seed: int) -> Run:
+def runs_of(a: argparse.Namespace, store: Path, seed: int, *, scales: bool) -> dict[str, Run]:
+    """Return what is judged on a seed's data, by name; with `scales` also what predicts a scale."""
+    runs = {name: trained(a, name, store, seed) for name in METHODS}
+    if scales:
+        runs["apollo, latent noise"] = with_draws(runs["apollo"])
+        runs["translator, laplace"] = trained(a, "translator", store, seed, "laplace", "method.head=laplace")
+        more = [
+            trained(a, "translator", store, seed, f"member{k}", f"seed={seed + 100 * k}") for k in range(1, MEMBERS)
+        ]
+        out = a.out / f"translator_{seed}_ensemble"
+        members = [runs["translator"], *more]
+        runs["translator, ensemble"] = imgshared.load_run(out) if out.exists() else imgshared.ensemble(members, out)
+    return runs
+
+
+def with_draws(run: Run) -> Run:
+    """Give a run's weights a scale of latent noise, and calibrate it anew."""
+    out = run.path.with_name(f"{run.path.name}_noise")
+    if not out.exists():
+        shutil.copytree(run.path / "checkpoints", out / "checkpoints")
+        (out / "config.yaml").write_text(dump(load(Experiment, run.path / "config.yaml", [f"method.draws={DRAWS}"])))
+    noisy = imgshared.load_run(out)
+    calibrate(noisy, CellStore(run.experiment.data))
+    return noisy
+
+
+def trained(a: argparse.Namespace, name: str, store: Path, seed: int, what: str = "", *wish: str) -> Run:
     """Train on half of the donors."""
     donors = sorted(CellStore(store).obs["group"].astype(str).unique())
     quarter = len(donors) // 4
     test, val = donors[-quarter:], donors[-2 * quarter : -quarter]
     epochs = {"epochs": a.epochs, "latent": 4 * a.epochs, "encoder": 3 * a.epochs}
     overrides = [f"data={store}", f"seed={seed}", f"split.test={test}", f"split.val={val}"]
-    overrides += [setting.format(**epochs) for setting in METHODS[name]]
+    overrides += [*(setting.format(**epochs) for setting in METHODS[name]), *wish]
     experiment = load(Experiment, ROOT / "configs" / f"{name}.yaml", overrides)
-    run = a.out / f"{name}_{seed}"
+    run = a.out / f"{name}_{seed}{what and f'_{what}'}"
     return imgshared.train(experiment, out=run, resume=run.exists(), console=Console())
 
 

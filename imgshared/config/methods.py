@@ -30,6 +30,8 @@ class ApolloConfig:
     shared_decoders: bool = True  # False: no D'_m (ablation)
     one_step: bool = False  # True: encoders and decoders at once, as a variational autoencoder (ablation)
     latent_noise: Weight = 1.0  # standard deviation of e
+    # Decodings of noisy latents in prediction, whose spread is the predicted scale of a pixel; 0: no scale.
+    draws: Annotated[int, Field(ge=0)] = 0
     latent_init_std: Weight = 0.1  # of the free latents at the start
     norm_weight: Weight = 1e-3  # lambda
     kl_weight: Weight = 1e-7  # one_step only
@@ -201,6 +203,8 @@ class MvaeConfig:
     likelihood: Literal["bce", "mse"] = "bce"
     beta: Weight = 1.0
     anneal: Probability = 0.25  # the first part of the training, over which beta rises from 0
+    # Decodings of the posterior in prediction, whose spread is the predicted scale of a pixel; 0: no scale.
+    draws: Annotated[int, Field(ge=0)] = 0
     subsets: Annotated[int, Field(ge=0)] = 1  # random subsets a step, beside all stains and each stain alone
     proteins_per_step: Count | None = None  # None: all of a cell's proteins in every step
     epochs: Count = 60

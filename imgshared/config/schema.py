@@ -72,6 +72,7 @@ class SplitConfig:
     val: Fraction | tuple[str, ...] = 0.15
     test: Fraction | tuple[str, ...] = 0.2
     stratify: str | None = None  # an obs column whose values every part should hold
+    seed: int = 0  # draws the groups of a fraction; the training's own seed leaves them as they are
 
 
 @dataclass(config=CLOSED, frozen=True)
@@ -123,7 +124,8 @@ class Experiment:
     """One complete training run."""
 
     data: Path
-    seed: int = 0
+    seed: int = 0  # of the weights, and of the order of the cells
+    ensemble: tuple[int, ...] = ()  # seeds of the members of a run that `imgshared ensemble` made; training takes none
     markers: tuple[str, ...] | None = None  # None: all of the store's
     unstained: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # as if groups lacked a marker
     split: SplitConfig = dataclasses.field(default_factory=SplitConfig)

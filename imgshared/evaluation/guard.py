@@ -156,7 +156,7 @@ def _normaliser(run: Run, source: CellStore, train: NDArray[np.intp]) -> list[st
         measured[np.isin(groups, run.experiment.unstained.get(marker, ())), k] = False
     again = fit_normaliser(
         source, train, channels, measured,
-        transform=c.transform, cofactor=c.cofactor, low=c.low, high=c.high, seed=run.experiment.seed,
+        transform=c.transform, cofactor=c.cofactor, low=c.low, high=c.high, seed=run.experiment.split.seed,
     )  # fmt: skip
     ours = run.normaliser
     for k, marker in enumerate(markers):

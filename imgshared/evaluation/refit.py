@@ -39,6 +39,8 @@ def plan_folds(run: Run, store: CellStore, config: EvaluateConfig) -> list[Split
     """
     if store.data_hash != run.contract.data_hash:
         raise InputError(f"--refit trains {run.path} again, so it needs the store that trained it, not {store.path}")
+    if run.experiment.ensemble:
+        raise InputError(f"--refit trains one model a fold, and {run.path} is an ensemble: name one of its members")
     if config.allow_seen_groups:
         raise InputError("allow_seen_groups: a nested study judges every group by an imputer that never saw it anyway")
     if config.predictions is not None:
@@ -64,7 +66,7 @@ def plan_folds(run: Run, store: CellStore, config: EvaluateConfig) -> list[Split
         rest = ~np.isin(values, test)
         inner = max(share, 1 / len(names))  # some inner group must stop the training
         split = make_split(
-            store.obs, by=wish.by, val=inner, test=test, stratify=wish.stratify, seed=run.experiment.seed + len(folds)
+            store.obs, by=wish.by, val=inner, test=test, stratify=wish.stratify, seed=wish.seed + len(folds)
         )
         train_or_inner, held_out = (np.isin(values, names) for names in ((*split.train, *split.val), test))
         shared_groups(store, train_or_inner, held_out, config)

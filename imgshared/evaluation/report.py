@@ -230,7 +230,7 @@ def _provenance(shown: Shown) -> list[tuple[str, str]]:
     packages = ("imgshared", "torch", "numpy", "scikit-learn", "scikit-image", "timm")
     return [
         ("run", str(run.path.resolve())),
-        ("method", run.experiment.method.name),
+        ("method", run.title),
         ("store", str(store.path.resolve())),
         ("data hash (SHA-256)", store.data_hash),
         (

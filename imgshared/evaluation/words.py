@@ -27,9 +27,7 @@ def methods(run: Run, study: Study) -> str:
         "groups to 0 to 1)."
     ]
     by, sources = run.split.by, [run.panel.markers[c] for c in run.method.sources or (run.panel.chromatin_index,)]
-    said.append(
-        f"{experiment.method.name} (imgshared, seed {experiment.seed}) predicts each protein from {', '.join(sources)}."
-    )
+    said.append(f"{run.title} (imgshared) predicts each protein from {', '.join(sources)}.")
     if study.nested:
         folds = "; ".join(f"{k}: {', '.join(s.test)}" for k, s in enumerate(study.splits, 1))
         said.append(
@@ -70,7 +68,7 @@ def model_card(run: Run, study: Study, tables: dict[str, pd.DataFrame], summary:
     split = "nested folds" if study.nested else f"{run.split.by} {', '.join(run.split.train)}"
     lines += [
         "## What it is", "",
-        f"{run.experiment.method.name}, {sum(p.numel() for p in run.method.parameters()):,} parameters; predicts "
+        f"{run.title}, {sum(p.numel() for p in run.method.parameters()):,} parameters; predicts "
         f"{', '.join(run.panel.proteins)} of single cells from {run.panel.chromatin}, or what else its method takes.",
         f"Trained on {split} of `{study.store.path.name}` (SHA-256 {run.contract.data_hash[:12]}…), crops of "
         f"{study.store.crop_px} px.", "",

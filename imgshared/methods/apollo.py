@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from imgshared.config import ApolloConfig
 from imgshared.losses import gaussian_kl, latent_norm, reconstruction
 from imgshared.methods.base import LatentMethod, ParameterGroup, Stage, refuse_without_partner, sum_terms
+from imgshared.methods.noise import drawn, fixed_noise
 from imgshared.models.decoder import LatentDecoder
 from imgshared.models.encoder import SplitEncoder
 from imgshared.models.latents import LatentTable
@@ -49,6 +50,7 @@ class Apollo(LatentMethod):
     def __init__(self, config: ApolloConfig, *, markers: int, chromatin: int, crop_px: int) -> None:
         super().__init__()
         self.config, self.markers, self.chromatin = config, markers, chromatin
+        self.scaled = config.draws > 0
         self.split_decoders = config.shared_decoders and config.specific_dim > 0  # without z_m, D is D'
         self.marker = nn.Embedding(markers, config.marker_dim)
         latent_dim = config.shared_dim + config.specific_dim
@@ -212,15 +214,20 @@ class Apollo(LatentMethod):
         return Latents(fused, each, specific, measured)
 
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
-        """Predict stains by the shared decoders D'(z_s, marker); without them, by D(z_s, 0, marker)."""
+        """Predict stains by the shared decoders D'(z_s, marker); without them, by D(z_s, 0, marker).
+
+        With `draws` the scale is what the noise of stage 1, which the decoders have learnt to bear, does to a pixel.
+        """
         z_s = self.encode(images, measured).shared
-        out = images.new_zeros(len(images), len(targets), *images.shape[2:], dtype=torch.float32)
         cells = torch.arange(len(images), device=images.device)
-        for t, target in enumerate(targets):
+
+        def draw(target: int, latent: Tensor) -> Tensor:
             modality = "chromatin" if target == self.chromatin else "protein"
             s = Stains(modality, cells, torch.full_like(cells, target))
-            out[:, t] = torch.sigmoid(self._decode(s, z_s, None).float())[:, 0]
-        return Prediction(out)
+            return torch.sigmoid(self._decode(s, latent, None).float())
+
+        noisy = [z_s + self.config.latent_noise * e for e in fixed_noise(self.config.draws, z_s)]
+        return drawn([(draw(t, z_s), (draw(t, z) for z in noisy)) for t in targets])
 
     def reconstruct(self, images: Tensor, measured: Tensor, *, specific: bool) -> Tensor:
         """Rebuild each measured stain from its own z_s, and with `specific` its z_m; zero where not measured."""

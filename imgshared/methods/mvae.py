@@ -20,6 +20,7 @@ from imgshared.data.panel import Panel
 from imgshared.losses import kl_per_dimension, reconstruction
 from imgshared.methods.base import LatentMethod, ParameterGroup, Stage, refuse_without_partner, sum_terms
 from imgshared.methods.draws import at_most
+from imgshared.methods.noise import drawn, fixed_noise
 from imgshared.models.decoder import LatentDecoder
 from imgshared.models.encoder import SplitEncoder
 from imgshared.models.fusion import fuse_product
@@ -58,6 +59,7 @@ class Mvae(LatentMethod):
     def __init__(self, config: MvaeConfig, *, panel: Panel, crop_px: int) -> None:
         super().__init__()
         self.config, self.chromatin, self.pixels = config, panel.chromatin_index, crop_px**2
+        self.scaled = config.draws > 0
         self.marker = nn.Embedding(len(panel), config.marker_dim)
         encoders, decoders = {}, {}
         for modality, condition in (("chromatin", 0), ("protein", config.marker_dim)):
@@ -142,14 +144,17 @@ class Mvae(LatentMethod):
         return Latents(shared, each, shared.new_zeros(*measured.shape, 0), measured)
 
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
-        """Decode the mean of the posterior given the marked stains."""
-        z = self.encode(images, measured).shared
-        out = []
-        for target in targets:
+        """Decode the mean of the posterior given the marked stains; with `draws` the scale is its spread."""
+        experts = self._encode_stains(images, measured)
+        z, log_std = _posteriors(experts, torch.arange(len(measured), device=measured.device), measured)
+
+        def draw(target: int, latent: Tensor) -> Tensor:
             channels = torch.full((len(z),), target, device=z.device)
-            logits = self._decode("chromatin" if target == self.chromatin else "protein", z, channels)
-            out.append(torch.sigmoid(logits.float()))
-        return Prediction(torch.cat(out, 1))
+            modality = "chromatin" if target == self.chromatin else "protein"
+            return torch.sigmoid(self._decode(modality, latent, channels).float())
+
+        noisy = [z + log_std.exp() * e for e in fixed_noise(self.config.draws, z)]
+        return drawn([(draw(t, z), (draw(t, latent) for latent in noisy)) for t in targets])
 
     def reconstruct(self, images: Tensor, measured: Tensor, *, specific: bool) -> Tensor:
         """Rebuild each measured stain from its own posterior mean; there is no specific part to leave out."""

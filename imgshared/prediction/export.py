@@ -90,6 +90,8 @@ def export(run: Run, out: Path, config: ExportConfig | None = None) -> Path:
     name = run.experiment.method.name
     if not list(run.method.parameters()):
         raise InputError(f"{run.path} is an exported file, or a closed form: export a trained translator or regression")
+    if run.experiment.ensemble:
+        raise InputError(f"{run.path} is an ensemble: export one of its members")
     if name not in ("translator", "regression"):
         raise InputError(f"{name} cannot be exported: translator and regression can")
     run.refuse_sharp(config.sharp)

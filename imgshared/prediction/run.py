@@ -10,7 +10,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from imgshared.build import build_method
+from imgshared.build import build_trained
 from imgshared.config import Experiment
 from imgshared.config import load as load_config
 from imgshared.data.normalise import Normaliser
@@ -44,6 +44,17 @@ class Run:
     def results(self) -> Path:
         """Where predictions and evaluations go unless they are told: the run folder; beside an exported file."""
         return self.path.with_suffix("") if self.path.is_file() else self.path
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of the training, several of an ensemble."""
+        return list(self.experiment.ensemble) or [self.experiment.seed]
+
+    @property
+    def title(self) -> str:
+        """The method's name and seeds, for a reader."""
+        name, seeds = self.experiment.method.name, ", ".join(map(str, self.seeds))
+        return f"an ensemble of {name}, seeds {seeds}" if self.experiment.ensemble else f"{name}, seed {seeds}"
 
     @property
     def panel(self) -> Panel:
@@ -164,7 +175,7 @@ def load_run(path: str | Path, *, checkpoint: str = "best") -> Run:
             "`imgshared train ... --resume`"
         )
     tree, contract = load(file)
-    method = build_method(experiment.method, contract.panel, contract.crop_px)
+    method = build_trained(experiment, contract.panel, contract.crop_px)
     try:
         method.load_state_dict(tree["model"] | tree.get("ema", {}))  # `best` holds the average already
     except RuntimeError as error:

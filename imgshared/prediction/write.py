@@ -244,8 +244,8 @@ def _refuse_unknown_wishes(run: Run, config: PredictConfig) -> None:
     run.refuse_sharp(config.sharp)
     if config.scale and not run.method.scaled:
         raise InputError(
-            f"scale=true: this {name} predicts no spread; train with method.head=laplace (translator) or "
-            "method.error=laplace (regression)"
+            f"scale=true: this {name} predicts no spread; train with method.head=laplace (translator), method.error="
+            "laplace (regression) or method.draws=8 (apollo, mvae), or make an ensemble of seeds"
         )
 
 
@@ -262,6 +262,7 @@ def _info(run: Run, store: CellStore, config: PredictConfig) -> dict[str, Any]:
         "run": str(run.path.resolve()),
         "checkpoint": run.checkpoint.name,
         "method": run.experiment.method.name,
+        "seeds": run.seeds,
         "store": str(store.path.resolve()),
         "store_hash": store.data_hash,
         "sources": [run.panel.markers[c] for c in run.source_mask(config.sources).nonzero()[:, 0].tolist()],

@@ -98,6 +98,7 @@ def provenance(run: Run, path: Path, config: SlideConfig) -> dict[str, Any]:
     return {
         "version": version("imgshared"),
         "method": run.experiment.method.name,
+        "seeds": run.seeds,
         "run": str(run.path.resolve()),
         "checkpoint": run.checkpoint.name,
         "checkpoint_sha256": hashlib.sha256(run.checkpoint.read_bytes()).hexdigest(),

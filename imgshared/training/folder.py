@@ -62,16 +62,17 @@ def _problem(experiment: Experiment, run: Path, resume: bool) -> str | None:
         return None
     if not resume:
         return f"{run} holds a run already: continue it with --resume, or choose another folder (--out)"
-    changed = _changes(yaml.safe_load(config.read_text()), yaml.safe_load(dump(experiment)))
+    changed = changes(yaml.safe_load(config.read_text()), yaml.safe_load(dump(experiment)))
     if changed:
         return f"cannot resume {run} with another configuration: {'; '.join(changed)}. Begin a new run (--out)"
     return None
 
 
-def _changes(before: Any, now: Any, key: str = "") -> list[str]:
+def changes(before: Any, now: Any, key: str = "") -> list[str]:
+    """Say which keys of nested settings differ, and how."""
     if isinstance(before, dict) and isinstance(now, dict):
         names = [*before, *(k for k in now if k not in before)]
-        return [c for k in names for c in _changes(before.get(k), now.get(k), f"{key}.{k}" if key else k)]
+        return [c for k in names for c in changes(before.get(k), now.get(k), f"{key}.{k}" if key else k)]
     return [] if before == now else [f"{key} was {before!r}, is {now!r}"]
 
 

@@ -71,6 +71,10 @@ class Trainer:
     """One run: the objects of a configuration and how far they are."""
 
     def __init__(self, experiment: Experiment, run: Path, resume: bool, console: Console) -> None:
+        if experiment.ensemble:
+            raise InputError(
+                "ensemble: train each member with its seed, then `imgshared ensemble` makes one run of them"
+            )
         self.experiment, self.run, self.config = experiment, run, experiment.train
         store = CellStore(experiment.data)
         panel, split = build_panel(experiment, store), build_split(experiment, store)

@@ -132,4 +132,5 @@ def run(tmp_path):
         split=split,
         contract=contract,
         method=SimpleNamespace(sources=None, parameters=list),
+        title="a stand-in",
     )
