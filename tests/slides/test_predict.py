@@ -1,6 +1,7 @@
 """A slide in, an image with predicted channels out."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from imgshared import api
 from imgshared.config import CutConfig, SlideConfig
 from imgshared.data.ngff import open_ngff
 from imgshared.prediction import predict_image
+from imgshared.slides import predict as module
 from imgshared.slides import predict_slide
 from imgshared.slides.predict import PyramidWriter
 from imgshared.types import InputError
@@ -196,3 +198,32 @@ def test_the_api_tells_slides_from_stores(run, toy_path, pixels, write_tiff, tmp
     assert open_ngff(out).channels == ("P2_imputed",)
     with pytest.raises(InputError, match=r"PredictConfig.*tile"):
         api.predict(run, toy_path, tmp_path / "p.zarr", tile=512)
+
+
+def test_a_tile_is_read_while_one_is_predicted_and_another_written(run, pixels, write_tiff, tmp_path, monkeypatch):
+    """Tile k waits, while it is predicted, for the reading of tile k + 1 and the writing of tile k - 1 to begin."""
+    path = write_tiff(tmp_path / "s.ome.tif", pixels[:, :512, :512])  # four tiles
+    begun = {(kind, k): threading.Event() for kind in ("read", "write") for k in range(4)}
+    alone = []
+    read, draw, write = module._read, module._drawn, module._write
+
+    def reads(job, tile, readers):
+        begun["read", len([k for k in range(4) if begun["read", k].is_set()])].set()
+        return read(job, tile, readers)
+
+    def draws(job, damage, tile, waiting):
+        number = tile[0]
+        for neighbour in (("read", number + 1), ("write", number - 1)):
+            if neighbour in begun and not begun[neighbour].wait(20):
+                alone.append((number, *neighbour))
+        return draw(job, damage, tile, waiting)
+
+    def writes(writer, number, span, tile):
+        begun["write", number].set()
+        write(writer, number, span, tile)
+
+    for name, replacement in (("_read", reads), ("_drawn", draws), ("_write", writes)):
+        monkeypatch.setattr(module, name, replacement)
+    predict_slide(run, path, tmp_path / "out.ome.zarr", SMALL)
+    assert alone == []
+    assert all(event.is_set() for event in begun.values())
