@@ -94,6 +94,8 @@ def main() -> None:
             about = {"method": name, "seed": seed}
             coverage += [about | row for row in found.coverage.to_dict("records")]
             risk += [about | row for row in found.risk.to_dict("records")]
+            if name not in METHODS:
+                continue
             other = rebatched(run, CellStore(store), a.out / f"batch_{seed}.zarr", seed)
             moved = imgshared.evaluate(run, other, run.path.with_name(f"{run.path.name}_batch"), console=Console())
             batch += [about | row for row in moved.coverage.to_dict("records")]
