@@ -116,7 +116,7 @@ def summary(coverage: list[Row], risk: list[Row], odd: list[Row]) -> dict[str, A
     ratio = curves / curves.groupby(["method", "seed", "marker"], sort=False).transform("first")
     falls = ratio.rename("ratio").reset_index().pivot_table("ratio", "method", "kept", sort=False)
     falls.columns = [f"{kept:.0%}" for kept in falls.columns]
-    falls["error of all"] = curves.xs(1.0, level="kept").groupby("method", sort=False).mean()
+    falls["error of all, 1e-3"] = 1e3 * curves.xs(1.0, level="kept").groupby("method", sort=False).mean()
     told = pd.DataFrame(odd).pivot_table("AUROC", "method", "source", "min", sort=False)
     return {
         "within": within(coverage), "told": told.reset_index().to_dict("records"),
