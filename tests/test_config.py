@@ -144,6 +144,13 @@ def test_numbers_as_people_write_them(tmp_path):
     assert load(Experiment, path, ["split.val=1e-1"]).split.val == 0.1
 
 
+@pytest.mark.parametrize("margin", ["0", "1", "-0.1", "1.5"])
+def test_a_margin_outside_0_to_1_is_refused(margin):
+    with pytest.raises(InputError, match="margin"):
+        load(EvaluateConfig, None, [f"margin={margin}"])
+    assert load(EvaluateConfig, None, ["margin=0.01"]).margin == 0.01
+
+
 def test_methods_are_told_apart_by_name():
     assert load(Experiment, None, [DATA]).method == ApolloConfig()
     assert load(Experiment, None, [DATA, "method.lr_latent=3"]).method == ApolloConfig(lr_latent=3)  # without a name

@@ -88,7 +88,7 @@ def grouped_folds(
     Raises
     ------
     InputError
-        Where there are fewer units than folds, or some training side would lack a class.
+        Where there are fewer units than folds, one unit alone holds a class, or some training side would lack one.
     """
     units = np.unique(folds_of[cells])
     if len(units) < folds:
@@ -96,6 +96,14 @@ def grouped_folds(
             f"label {label.name!r}: {folds} folds need {folds} values of {unit!r} among the held-out cells, there are "
             f"{len(units)} ({', '.join(map(str, units[:6]))}). Set folds={max(len(units), 2)} or another fold column"
         )
+    for code, name in enumerate(label.classes):
+        held_by = np.unique(folds_of[cells[label.codes[cells] == code]])
+        if len(held_by) == 1:
+            raise InputError(
+                f"label {label.name!r}: every cell of class {name!r} is of {unit} {held_by[0]!r}, so that the class "
+                "cannot be told from what else is special there: no honest split exists. Add groups with this "
+                "class, or choose another label"
+            )
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     pairs = [(cells[train], cells[test]) for train, test in splitter.split(cells, label.codes[cells], folds_of[cells])]
     for train, _ in pairs:

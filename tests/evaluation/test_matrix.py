@@ -1,5 +1,7 @@
 """Which classifier is given what: rows match, swaps stay on their side of a fold, all inputs are of the same cells."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -166,3 +168,16 @@ def test_labels_are_traded_on_both_sides_where_classifiers_learn_from_training_c
     table = found.controls.set_index("control")
     assert table["sound"].all()
     assert auroc(found, "predicted") > 0.85
+
+
+def test_cells_without_a_label_are_counted_and_left_out():
+    lacking = part()
+    obs = lacking.obs.copy()
+    obs.iloc[:30, obs.columns.get_loc("drug")] = None
+    obs.iloc[30:40, obs.columns.get_loc("drug")] = "washed out"
+    config = EvaluateConfig(labels=("drug",), label_values=("control", "treated"))
+    found = classify(dataclasses.replace(lacking, obs=obs), (), PANEL, config)
+    assert found.notes[0] == (
+        "drug: 30 cells have no value and 10 cells have a value that was not asked for; left out of the classifiers"
+    )
+    assert set(found.scores["cells"]) == {N - 40}
