@@ -26,9 +26,10 @@ from imgshared.evaluation.report import Shown, write_report
 from imgshared.evaluation.study import Study, study
 from imgshared.evaluation.words import model_card
 from imgshared.prediction import Run, predict_cells
+from imgshared.training.log import read_metrics
 
 # Tables too long for metrics.json
-LONG = ("cells", "features", "effects", "pictures", "contradictions", "latent_maps")
+LONG = ("cells", "features", "effects", "pictures", "contradictions", "latent_maps", "training")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Evaluation:
         See `probes.probe`.
     pictures, contradictions, latent_maps
         What the report's pictures show: see `figure_data`.
+    training
+        The run's log, `metrics.jsonl`; empty for a nested study, whose folds have logs of their own.
     leaks, unsound, cautions
         What the result may not be believed for (`guard.cohort`), which controls failed (`verdict.unsound`), and what
         the images themselves bring along. Empty as they should be.
@@ -98,6 +101,7 @@ class Evaluation:
     pictures: pd.DataFrame
     contradictions: pd.DataFrame
     latent_maps: pd.DataFrame
+    training: pd.DataFrame
     leaks: list[str]
     unsound: list[str]
     cautions: list[str]
@@ -193,8 +197,9 @@ def _judge(looked: Study, cache: Path, say: Progress) -> tuple[dict[str, pd.Data
         "groups": fidelity.by_group(test.fidelity),
         "stains": verdict.judge_stains(fidelity.against_floors(test.fidelity)),
     }
-    shown = imputability.shown(looked.run, looked.looks[0].cohort.source)
-    tables["imputability"] = imputability.imputability(test.fidelity, shown)
+    each = [imputability.shown(look.run, look.cohort.source) for look in looked.looks]
+    least = {marker: min(shown[marker] for shown in each) for marker in panel.markers}  # over the imputers
+    tables["imputability"] = imputability.imputability(test.fidelity, least)
     tables["checks"] = checks.summarise(test.checks)
     trust = test.trust
     tables |= {"coverage": coverage.summarise(trust), "risk": coverage.risk(trust)}
@@ -212,6 +217,7 @@ def _judge(looked: Study, cache: Path, say: Progress) -> tuple[dict[str, pd.Data
     tables["pictures"] = figure_data.pictures(test)
     tables["contradictions"] = figure_data.contradictions(test.maps)
     tables["latent_maps"] = figure_data.latent_points(test, panel.chromatin)
+    tables["training"] = pd.DataFrame() if looked.nested else pd.DataFrame(read_metrics(looked.run.path))
     return tables, told.probabilities, told.notes
 
 

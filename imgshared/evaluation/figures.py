@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -247,9 +247,8 @@ def effects(panels: Mapping[str, tuple[NDArray[Any], NDArray[Any], Sequence[str]
     return encode(figure)
 
 
-def training_curves(rows: Iterable[Mapping[str, Any]]) -> str | None:
+def training_curves(table: pd.DataFrame) -> str | None:
     """Loss by epoch, a panel a stage, training light and validation groups dark; None where nothing was logged."""
-    table = pd.DataFrame(list(rows))
     if table.empty or not {"stage", "split", "step", "epoch"} <= set(table):
         return None
     hidden = {"step", "epoch", "stage", "split", "time_s", "cells_per_s"}

@@ -22,7 +22,6 @@ from imgshared.evaluation.study import Study
 from imgshared.evaluation.verdict import CLEARS, NOT_INFERIOR, TOLD_BY_REAL
 from imgshared.prediction import Run
 from imgshared.prediction.trust import ODD
-from imgshared.training.log import read_metrics
 
 MAPS = 4  # columns of the latent maps
 
@@ -95,7 +94,7 @@ def write_report(shown: Shown, path: Path) -> Path:
         group=shown.config.group,
         probes=tables.probe_table(found["probes"]),
         maps=_maps(shown),
-        curves=None if shown.study.nested else figures.training_curves(read_metrics(shown.run.path)),
+        curves=figures.training_curves(found["training"]),
         nested=shown.study.nested,
         methods=words.methods(shown.run, shown.study),
         provenance=_provenance(shown),

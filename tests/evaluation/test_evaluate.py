@@ -87,7 +87,8 @@ def test_evaluation_of_planted_signals(done, tmp_path, world, run):
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == ["cache", "metrics.json", "model_card.md", "report.html", "tables"]
     written = {p.name for p in (out / "tables").iterdir()}
-    assert written >= {"cells.csv", "effects.csv", "pictures.csv", "contradictions.csv", "latent_maps.csv"}
+    assert written >= {"cells.csv", "effects.csv", "pictures.csv", "contradictions.csv", "latent_maps.csv",
+                       "training.csv"}  # fmt: skip
     assert {f"{name}.csv" for name, rows in done.metrics.items() if rows and name in vars(done)} - written <= {
         "leaks.csv", "cautions.csv", "notes.csv", "summary.csv",
     }  # fmt: skip
@@ -100,6 +101,9 @@ def test_evaluation_of_planted_signals(done, tmp_path, world, run):
     p = pd.read_parquet(out / "tables" / "probabilities.parquet")
     np.testing.assert_allclose(p.query("label == 'drug'")[["p_control", "p_treated"]].sum(axis=1), 1)
     check_report(done.report.read_text())
+    log = pd.read_csv(out / "tables" / "training.csv")
+    logged = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [*zip(log["step"], log["split"], strict=True)] == [(row["step"], row["split"]) for row in logged]
 
     picks = done.pictures.query("marker == 'Rim'").set_index("rule")["pearson"]
     assert list(picks.index) == ["worst", "10th pct", "median", "90th pct", "best"]

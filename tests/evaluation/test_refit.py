@@ -51,6 +51,8 @@ def test_every_group_is_judged_by_a_model_that_never_saw_it(nested, linear, toy)
     assert "fold 2, val" in page
     assert "Each of 2 folds holds groups out" in page
     assert nested.probes.empty
+    least = min(int(toy.obs["group"].isin(split["train"]).sum()) for split in splits)
+    assert nested.imputability.set_index("marker")["trained"]["P1"] == least
 
 
 def test_each_fold_has_a_normaliser_of_its_own_training_groups(nested, toy):
