@@ -58,6 +58,6 @@ def _refuse_other(first: Run, run: Run) -> None:
     if differ or terms:
         named = "; ".join(differ) if differ else f"its {', '.join(terms)} (contract.json) differ"
         raise InputError(
-            f"{run.path} and {first.path} are no ensemble: {named}. Members are trained by one configuration on one "
-            "store, with the same groups (split.val, split.test, split.seed), and differ in their seed"
+            f"{run.path} cannot join {first.path} in an ensemble: {named}. Members are trained by one configuration on "
+            "one store, with the same groups (split.val, split.test, split.seed), and differ in their seed"
         )

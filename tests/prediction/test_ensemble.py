@@ -93,7 +93,7 @@ def test_what_is_no_ensemble_is_refused(both, members, plan, tiny, toy, tmp_path
         api.ensemble(members, both.path)
     deeper = replace(members[1], experiment=replace(first.experiment, seed=1, method=replace(
         first.experiment.method, channels=(4, 8))))  # fmt: skip
-    with pytest.raises(InputError, match=r"no ensemble: method\.channels was"):
+    with pytest.raises(InputError, match=r"in an ensemble: method\.channels was"):
         api.ensemble([first, deeper], tmp_path / "x")
     other = validate(type(tiny), plan | {"seed": 1, "split": {"val": ["g1"], "test": ["g4"]}}, "t")
     moved = replace(members[1], contract=replace(first.contract, pixel_size_um=0.7))
