@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         verbs,
         "demo",
         _demo,
-        "simulate, prepare, train, predict, evaluate: a report in under 10 minutes",
+        "simulate, prepare, train, predict, evaluate: see all of it, down to the report",
         settings=False,
     )
     demo.add_argument("out", nargs="?", type=Path, default=Path("demo"), help="folder to write (default: demo)")
