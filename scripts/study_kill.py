@@ -1,16 +1,18 @@
 """kill -9 at random moments: what is gone on with is what an uninterrupted run gives, byte by byte.
 
-    python scripts/study_kill.py OUT [--kills 20] [--record benchmarks/kill.json]
+    python scripts/study_kill.py OUT [--kills 20] [--commands prepare train predict] [--record benchmarks/kill.json]
 
 `prepare`, `train` and `predict` (of a slide) are each started as a process, killed after a random part of the time that
 they take undisturbed, and started again by the same command (train with --resume), 20 times each; a job that ends
-before its turn is compared and begun anew. Every job that ends is held against the undisturbed one.
+before its turn is compared and begun anew. Every job that ends is held against the undisturbed one. Of commands that are
+not asked for, what is recorded stays as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import random
 import shutil
 import subprocess
@@ -23,13 +25,16 @@ from typing import Any
 
 import numpy as np
 import tifffile
-from common import ROOT, markdown, record
+from common import ROOT, markdown, provenance, record
 
 from imgshared.config import load
 from imgshared.config.schema import SimulateConfig
 from imgshared.data.ngff import open_ngff
 from imgshared.data.store import CellStore
 from imgshared.training import checkpoint
+
+
+COMMANDS = ("prepare", "train", "predict")
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--kills", type=int, default=20, help="of each command")
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS)
     parser.add_argument("--record", type=Path, default=ROOT / "benchmarks" / "kill.json", help="JSON to write")
     a = parser.parse_args()
     shutil.rmtree(a.out, ignore_errors=True)
     a.out.mkdir(parents=True)
-    rows = [one(verb, a.out, a.kills, random.Random(0)) for verb in verbs(a.out)]
-    record(a.record, {"commands": rows})
-    print(markdown(rows))
+    recorded = json.loads(a.record.read_text())["commands"] if a.record.exists() else []
+    rows = {row["command"]: row for row in recorded}
+    for verb in verbs(a.out):
+        found = one(verb, a.out, a.kills if verb.name in a.commands else 0, random.Random(0))
+        if verb.name in a.commands:
+            rows[verb.name] = {**found, "commit": provenance()["commit"]}
+    record(a.record, {"commands": list(rows.values())})
+    print(markdown(rows.values()))
 
 
 def verbs(out: Path) -> list[Verb]:
@@ -86,7 +97,7 @@ def one(verb: Verb, out: Path, kills: int, rng: random.Random) -> dict[str, Any]
     straight, began = folder / "straight", time.perf_counter()
     start(verb, straight).wait()
     seconds = time.perf_counter() - began
-    want, killed, ended, different, job, ended_last = verb.digest(straight), 0, 0, 0, 0, False
+    want, killed, ended, different, job, ended_last = verb.digest(straight), 0, 0, 0, 0, not kills
     while killed < kills or not ended_last:
         to = folder / f"killed{job}"
         process, ended_last = start(verb, to), False
