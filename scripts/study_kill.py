@@ -4,8 +4,8 @@
 
 `prepare`, `train` and `predict` (of a slide) are each started as a process, killed after a random part of the time that
 they take undisturbed, and started again by the same command (train with --resume), 20 times each; a job that ends
-before its turn is compared and begun anew. Every job that ends is held against the undisturbed one. Of commands that are
-not asked for, what is recorded stays as it is.
+before its turn is compared and begun anew. Every job that ends is held against the undisturbed one. Of commands that
+are not asked for, what is recorded stays as it is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from imgshared.config.schema import SimulateConfig
 from imgshared.data.ngff import open_ngff
 from imgshared.data.store import CellStore
 from imgshared.training import checkpoint
-
 
 COMMANDS = ("prepare", "train", "predict")
 
