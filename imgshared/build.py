@@ -190,5 +190,4 @@ def build_augment(config: AugmentConfig, method: MethodConfig) -> Augment:
             "augment: apollo's free latents belong to one picture of each cell, so flips, rotate_deg, scale and shift "
             "must stay off; gain and noise may be used"
         )
-    on_host = bool(config.rotate_deg or config.scale or config.shift)
-    return Augment(geometry, channel_intensity(gain=config.gain, noise=config.noise), on_host)
+    return Augment(geometry, channel_intensity(gain=config.gain, noise=config.noise))

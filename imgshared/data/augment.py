@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from imgshared.types import Batch
+
+Geometry = Callable[[Tensor, int], Tensor]  # raw crops (B, C, Y, X) and a seed to the same shape
 
 
 @dataclass(frozen=True)
@@ -20,16 +23,13 @@ class Augment:
     Parameters
     ----------
     geometry
-        ``(raw (B, C, Y, X), seed) -> same shape``.
+        ``(raw (B, C, Y, X), seed) -> same shape``, wherever the crops are.
     change
         ``(images (B * C, 1, Y, X)) -> same shape``, on the device; draws from torch's global generator.
-    on_host
-        Whether the geometry works in host memory alone; mirror images and right angles are done where the crops are.
     """
 
-    geometry: Callable[[Tensor, int], Tensor] | None = None
+    geometry: Geometry | None = None
     change: Callable[[Tensor], Tensor] | None = None
-    on_host: bool = False
 
     def intensity(self, batch: Batch, seed: int) -> Batch:
         """Change each measured channel of each cell on its own."""
@@ -43,36 +43,59 @@ class Augment:
         return replace(batch, images=images.contiguous(memory_format=torch.channels_last))
 
 
-def paired_geometry(
-    *, flips: bool, rotate_deg: float, scale: float, shift: float
-) -> Callable[[Tensor, int], Tensor] | None:
+def paired_geometry(*, flips: bool, rotate_deg: float, scale: float, shift: float) -> Geometry | None:
     """Return paired geometry for raw crops of any channel count and dtype, or None where all is off.
 
-    Flips alone are torch's and work on any device; with anything else albumentations does all, on the host.
+    Crops in host memory are warped by albumentations, which keeps their dtype, while the last batch is learnt from;
+    those on a GPU by kornia, as a batch, which gives float32. Both interpolate linearly, draw from the same ranges, and
+    go on beyond the border with its pixels, for zero would be darker than the camera's offset. Flips move pixels alone.
     """
     if not (flips or rotate_deg or scale or shift):
         return None
     if not (rotate_deg or scale or shift):
         return mirror_and_turn
-    import albumentations as albu  # slow to import, and only needed here
 
-    steps: list[Any] = [albu.D4(p=1.0)] if flips else []
-    steps.append(
-        albu.Affine(
-            rotate=(-rotate_deg, rotate_deg),
-            scale=(1 - scale, 1 + scale),
-            translate_percent=(-shift, shift),
-            border_mode=1,  # replicate the edge: zero would be darker than the camera's offset
-            p=1.0,
-        )
-    )
-    compose = albu.Compose(steps)
+    @cache  # both are slow to import
+    def warp(device: str) -> Geometry:
+        return (warp_on_host if device == "cpu" else warp_as_batch)(rotate_deg, scale, shift)
+
+    def apply(raw: Tensor, seed: int) -> Tensor:
+        return warp(raw.device.type)(mirror_and_turn(raw, seed) if flips else raw, seed)
+
+    return apply
+
+
+def warp_on_host(rotate_deg: float, scale: float, shift: float) -> Geometry:
+    """Return albumentations' affine warp of each crop of a (B, C, Y, X) batch in host memory, any dtype."""
+    import albumentations as albu
+
+    affine = albu.Affine(
+        rotate=(-rotate_deg, rotate_deg), scale=(1 - scale, 1 + scale), translate_percent=(-shift, shift),
+        keep_ratio=True, border_mode=1, p=1.0,
+    )  # fmt: skip
+    compose = albu.Compose([affine])
 
     def apply(raw: Tensor, seed: int) -> Tensor:
         compose.set_random_seed(seed % 2**32)
         crops = raw.numpy().transpose(0, 2, 3, 1)
         warped = np.stack([compose(image=np.ascontiguousarray(crop))["image"] for crop in crops])
         return torch.from_numpy(np.ascontiguousarray(warped.transpose(0, 3, 1, 2)))
+
+    return apply
+
+
+def warp_as_batch(rotate_deg: float, scale: float, shift: float) -> Geometry:
+    """Return kornia's affine warp of a (B, C, Y, X) batch on any device, to float32."""
+    import kornia.augmentation as ka
+
+    affine = ka.RandomAffine(
+        rotate_deg, (shift, shift), (1 - scale, 1 + scale), padding_mode="border", align_corners=True, p=1.0
+    )
+
+    def apply(raw: Tensor, seed: int) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return affine(raw.to(torch.float32))  # type: ignore[no-any-return]
 
     return apply
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from imgshared.data.augment import Augment
+from imgshared.data.augment import Augment, Geometry
 from imgshared.data.normalise import Normaliser
 from imgshared.data.store import CellStore
 from imgshared.types import Batch
@@ -119,23 +119,30 @@ class Feed:
         parts = torch.arange(len(self.cells)).split(batch_size)[self.rank :: self.world]
         yield from self._batches((rows, None, 0) for rows in parts)
 
-    def _batches(self, work: Iterator[tuple[Tensor, Any, int]]) -> Iterator[Batch]:
+    def _batches(self, work: Iterator[tuple[Tensor, Geometry | None, int]]) -> Iterator[Batch]:
         if self.residency == "device":
             yield from (self._finish(*self._gather(*item)) for item in work)
         else:
             yield from (self._finish(*raw) for raw in read_ahead(work, lambda item: self._gather(*item)))
 
-    def _gather(self, rows: Tensor, geometry: Any, seed: int) -> tuple[Tensor, Tensor]:
+    def _gather(
+        self, rows: Tensor, geometry: Geometry | None, seed: int
+    ) -> tuple[Tensor, Tensor, Geometry | None, int]:
+        """Read crops, and warp them where that is done in host memory; otherwise `_finish` warps them on the device."""
         raw = self._read(self.cells[rows.numpy()]) if self._crops is None else self._crops[rows.to(self._crops.device)]
-        if raw.dtype == torch.int16:
-            raw = raw.to(torch.int32) & 0xFFFF
-        return rows, geometry(raw, seed) if geometry else raw
+        if raw.dtype == torch.int16:  # 16 bits without a sign, see `_read`
+            raw = raw.view(torch.uint16) if self.device.type == "cpu" else raw.to(torch.int32) & 0xFFFF
+        if geometry is not None and self.device.type == "cpu":
+            raw, geometry = geometry(raw, seed), None
+        return rows, raw, geometry, seed
 
-    def _finish(self, rows: Tensor, raw: Tensor) -> Batch:
+    def _finish(self, rows: Tensor, raw: Tensor, geometry: Geometry | None, seed: int) -> Batch:
         if raw.dtype == torch.uint16 and self.device.type != "cpu":
             raw = raw.to(torch.int32)  # few kernels off the CPU know uint16
         measured = self.measured[rows.to(self.measured.device)].to(self.device)
-        images = self.normaliser.forward(raw.to(self.device, non_blocking=True)) * measured[..., None, None]
+        raw = raw.to(self.device, non_blocking=True)
+        raw = raw if geometry is None else geometry(raw, seed)
+        images = self.normaliser.forward(raw) * measured[..., None, None]
         return Batch(rows.to(self.device), images.contiguous(memory_format=torch.channels_last), measured)
 
     def _read_all(self) -> Tensor:

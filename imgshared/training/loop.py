@@ -370,16 +370,8 @@ class Trainer:
 
     def _feed(self, store: CellStore, cells: Any, stained: Any) -> Feed:
         channels, fabric = store.panel.indices(self.contract.panel.markers), self.fabric
-        wish = self.config.residency
         here = len(cells) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # every process of this host holds them
-        residency = choose_residency(wish, store, here, len(channels), fabric.device)
-        if residency == "device" and self.augment.on_host:
-            if wish == "device":
-                raise InputError(
-                    "train.residency=device: rotate_deg, scale and shift are done on the host; use flips alone, or "
-                    "train.residency=memory"
-                )
-            residency = "memory"
+        residency = choose_residency(self.config.residency, store, here, len(channels), fabric.device)
         return Feed(
             store, cells, channels, self.contract.normaliser, fabric.device, residency, self.config.batch_size,
             self.experiment.seed, fabric.global_rank, fabric.world_size, self.config.balance, stained,

@@ -4,7 +4,7 @@ import torch
 
 from imgshared.build import build_augment
 from imgshared.config import ApolloConfig, AugmentConfig
-from imgshared.data.augment import Augment, channel_intensity, paired_geometry
+from imgshared.data.augment import Augment, channel_intensity, paired_geometry, warp_as_batch, warp_on_host
 from imgshared.types import Batch, InputError
 
 ALL = {"flips": True, "rotate_deg": 30.0, "scale": 0.2, "shift": 0.1}
@@ -35,6 +35,78 @@ def test_geometry_is_a_function_of_the_seed_and_differs_by_cell():
     assert torch.equal(warp(raw, 7), paired_geometry(**ALL)(raw, 7))
     assert not torch.equal(warp(raw, 7), warp(raw, 8))
     assert not torch.equal(warp(raw, 7)[0], warp(raw, 7)[1])
+
+
+WARPS = pytest.mark.parametrize("warp", [warp_on_host, warp_as_batch], ids=["albumentations", "kornia"])
+
+
+def blobs(x, y, n=60, px=65, width=3.0):
+    """(n, 2, px, px) float32: a Gaussian blob off the centre by (x, y), on an offset of 100, twice."""
+    yy, xx = np.mgrid[:px, :px] - (px - 1) / 2
+    blob = 100 + 1000 * np.exp(-((xx - x) ** 2 + (yy - y) ** 2) / (2 * width**2))
+    return torch.from_numpy(np.tile(blob.astype(np.float32), (n, 2, 1, 1)))
+
+
+def moments(warped):
+    """Centre (n, 2), as x and y from the middle, and width (n,) of each blob."""
+    mass = (warped[:, 0] - 100).clamp_min(0).double()
+    mass /= mass.sum((1, 2), keepdim=True)
+    at = torch.arange(warped.shape[-1]) - (warped.shape[-1] - 1) / 2
+    x, y = (mass.sum(1) * at).sum(1), (mass.sum(2) * at).sum(1)
+    spread = (mass.sum(1) * at**2).sum(1) - x**2 + (mass.sum(2) * at**2).sum(1) - y**2
+    return torch.stack([x, y], 1), (spread / 2).sqrt()
+
+
+@WARPS
+def test_shifts_are_uniform_within_their_part_of_the_crop(warp):
+    centre, width = moments(warp(0, 0, 0.1)(blobs(0, 0, n=300), 1))
+    assert centre.abs().max() <= 6.5 + 1
+    assert centre.std(0).numpy() == pytest.approx(6.5 / 3**0.5, rel=0.15)  # albumentations cuts them to whole pixels
+    assert centre.mean(0).abs().max() < 0.8
+    assert abs(np.corrcoef(centre.T)[0, 1]) < 0.2
+    assert width.numpy() == pytest.approx(3, rel=0.05)
+
+
+@WARPS
+def test_scales_are_uniform_about_the_middle(warp):
+    centre, width = moments(warp(0, 0.25, 0)(blobs(0, 0, n=300), 1))
+    factor = width / 3  # the same along both axes: a round cell stays round
+    assert factor.min() > 0.72
+    assert factor.max() < 1.29
+    assert factor.std() == pytest.approx(0.25 / 3**0.5, rel=0.12)
+    assert centre.abs().max() < 0.6
+
+
+@WARPS
+def test_turns_are_uniform_about_the_middle(warp):
+    centre, _ = moments(warp(40, 0, 0)(blobs(15, 0, n=300), 1))
+    angle = np.degrees(np.arctan2(*centre.numpy().T[::-1]))
+    assert np.abs(angle).max() <= 41
+    assert angle.std() == pytest.approx(40 / 3**0.5, rel=0.12)
+    assert abs(angle.mean()) < 4
+    assert centre.norm(dim=1).numpy() == pytest.approx(15, abs=0.6)
+
+
+@WARPS
+def test_beyond_the_border_its_pixels_go_on(warp):
+    flat = torch.full((40, 1, 16, 16), 137.0)
+    assert warp(45, 0.3, 0.2)(flat, 0).numpy() == pytest.approx(137.0, abs=1e-3)
+
+
+def test_crops_on_a_gpu_are_warped_as_a_batch_and_alike_in_all_channels():
+    raw = crops(5, np.uint16)
+    warp = warp_as_batch(30.0, 0.2, 0.1)
+    warped = warp(raw.to(torch.int32), 3)
+    assert warped.dtype == torch.float32
+    assert torch.equal(warped, warp(raw.to(torch.int32), 3))
+    assert not torch.equal(warped, warp(raw.to(torch.int32), 4))
+    for c in range(1, 5):
+        torch.testing.assert_close(warped[:, c], warped[:, 0])
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    warp(raw.to(torch.int32), 3)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_flips_move_pixels_and_change_none():

@@ -61,6 +61,30 @@ def test_the_crops_may_live_anywhere(toy):
     assert_equal(by_residency["device"], by_residency["stream"])
 
 
+def test_crops_are_warped_once_where_they_are_learnt_from(toy):
+    """On a CPU while they are read; on any other device after they came there."""
+    seen = []
+
+    def doubled(raw, seed):
+        seen.append(seed)
+        return raw.to(torch.int32) * 2
+
+    here = feed(toy, residency="memory")
+    rows, raw, left, seed = here._gather(torch.arange(3), doubled, 7)
+    assert (left, seen) == (None, [7])
+    torch.testing.assert_close(here._finish(rows, raw, left, seed).images, plain(here, 2))
+    elsewhere = feed(toy, residency="memory", device=torch.device("cuda"))
+    rows, raw, left, seed = elsewhere._gather(torch.arange(3), doubled, 8)
+    assert (left, seen) == (doubled, [7])
+    torch.testing.assert_close(here._finish(rows, raw, left, seed).images, plain(here, 2))
+    assert seen == [7, 8]
+
+
+def plain(given, times):
+    raw = given._crops[:3].to(torch.int32) * times
+    return NORMALISER.forward(raw) * given.measured[:3, :, None, None]
+
+
 def test_bright_pixels_stay_bright_on_the_device(tmp_path, arrays, write_store):
     """A device holds 16 bits a pixel, also above 32,767."""
     images, measured, masks, obs = arrays

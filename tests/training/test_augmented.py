@@ -7,7 +7,6 @@ from rich.console import Console
 from imgshared.config import AugmentConfig
 from imgshared.training.log import read_metrics
 from imgshared.training.loop import train
-from imgshared.types import InputError
 
 
 def augmented(tiny, residency, **change):
@@ -19,16 +18,9 @@ def augmented(tiny, residency, **change):
     )
 
 
-@pytest.mark.parametrize("change", [{"flips": True}, {"noise": 0.1}])
-def test_flips_and_intensity_work_where_the_crops_are(tiny, tmp_path, change):
+@pytest.mark.parametrize("change", [{"flips": True}, {"noise": 0.1}, {"rotate_deg": 5.0, "scale": 0.2, "shift": 0.1}])
+def test_augmentation_works_where_the_crops_are(tiny, tmp_path, change):
     said = io.StringIO()
     train(augmented(tiny, "device", **change), tmp_path / "run", console=Console(file=said, width=300))
     assert "crops in device memory" in said.getvalue()
     assert {r["stage"] for r in read_metrics(tmp_path / "run")} == {"one_step"}
-
-
-@pytest.mark.parametrize("change", [{"scale": 0.2}, {"shift": 0.1}, {"rotate_deg": 5.0}])
-def test_other_geometry_works_on_the_host_alone(tiny, tmp_path, change):
-    with pytest.raises(InputError, match="residency=device: rotate_deg, scale and shift are done on the host"):
-        train(augmented(tiny, "device", **change), tmp_path / "run", console=Console(file=io.StringIO()))
-    train(augmented(tiny, "memory", **change), tmp_path / "other", console=Console(file=io.StringIO()))
