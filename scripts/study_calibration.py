@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +89,19 @@ def main() -> None:
     coverage, risk, odd, batch = [], [], [], []
     for seed in a.seeds:
         store = stored(a, seed)
-        for name, run in runs_of(a, store, seed, scales=seed == a.seeds[0]).items():
+        for name, run in runs_of(a, store, seed, scales=seed == a.seeds[0]):
             found = imgshared.evaluate(run, store, console=Console())
             about = {"method": name, "seed": seed}
             coverage += [about | row for row in found.coverage.to_dict("records")]
             risk += [about | row for row in found.risk.to_dict("records")]
-            if name not in METHODS:
-                continue
-            other = rebatched(run, CellStore(store), a.out / f"batch_{seed}.zarr", seed)
-            moved = imgshared.evaluate(run, other, run.path.with_name(f"{run.path.name}_batch"), console=Console())
-            batch += [about | row for row in moved.coverage.to_dict("records")]
-            odd += [about | row for row in oddness(run, CellStore(store), run.path.with_name(f"{run.path.name}_odd"))]
-    result = summary(coverage, risk, odd) | {"within, another batch": within(batch), "another batch": batch}
-    record(a.record or a.out / "calibration.json", result)
+            if name in METHODS:
+                other = rebatched(run, CellStore(store), a.out / f"batch_{seed}.zarr", seed)
+                moved = imgshared.evaluate(run, other, run.path.with_name(f"{run.path.name}_batch"), console=Console())
+                batch += [about | row for row in moved.coverage.to_dict("records")]
+                away = run.path.with_name(f"{run.path.name}_odd")
+                odd += [about | row for row in oddness(run, CellStore(store), away)]
+            result = summary(coverage, risk, odd) | {"within, another batch": within(batch), "another batch": batch}
+            record(a.record or a.out / "calibration.json", result)  # hours are not lost with the last one
     print("\nshare within 90% intervals, unseen donors, mean over seeds\n\n" + markdown(result["within"]))
     print("\nthe same donors as another batch\n\n" + markdown(result["within, another batch"]))
     print("\nodd sources, AUROC, least over seeds\n\n" + markdown(result["told"]))
@@ -158,19 +158,21 @@ def stored(a: argparse.Namespace, seed: int) -> Path:
     return store
 
 
-def runs_of(a: argparse.Namespace, store: Path, seed: int, *, scales: bool) -> dict[str, Run]:
-    """Return what is judged on a seed's data, by name; with `scales` also what predicts a scale."""
-    runs = {name: trained(a, name, store, seed) for name in METHODS}
+def runs_of(a: argparse.Namespace, store: Path, seed: int, *, scales: bool) -> Iterator[tuple[str, Run]]:
+    """Yield what is judged on a seed's data, by name; with `scales` also what predicts a scale."""
+    runs = {}
+    for name in METHODS:
+        runs[name] = trained(a, name, store, seed)
+        yield name, runs[name]
     if scales:
-        runs["apollo, latent noise"] = with_draws(runs["apollo"])
-        runs["translator, laplace"] = trained(a, "translator", store, seed, "laplace", "method.head=laplace")
+        yield "apollo, latent noise", with_draws(runs["apollo"])
+        yield "translator, laplace", trained(a, "translator", store, seed, "laplace", "method.head=laplace")
         more = [
             trained(a, "translator", store, seed, f"member{k}", f"seed={seed + 100 * k}") for k in range(1, MEMBERS)
         ]
         out = a.out / f"translator_{seed}_ensemble"
         members = [runs["translator"], *more]
-        runs["translator, ensemble"] = imgshared.load_run(out) if out.exists() else imgshared.ensemble(members, out)
-    return runs
+        yield "translator, ensemble", imgshared.load_run(out) if out.exists() else imgshared.ensemble(members, out)
 
 
 def with_draws(run: Run) -> Run:
