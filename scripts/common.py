@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -35,9 +36,18 @@ def record(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result as JSON with its provenance; beside first, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"provenance": provenance(), **result}, indent=1) + "\n")
+    partial.write_text(json.dumps(_plain({"provenance": provenance(), **result}), indent=1, allow_nan=False) + "\n")
     partial.replace(path)
     print(f"\nwritten: {path}")
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null in their place."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def metrics(report: Path) -> dict[str, pd.DataFrame]:

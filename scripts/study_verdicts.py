@@ -72,7 +72,6 @@ def main() -> None:
         right=("right", "mean"), pairs=("right", "count"), share_least=("share", "min"),
         share_median=("share", "median"), share_greatest=("share", "max"),
     ).reset_index()  # fmt: skip
-    by_cause = by_cause.astype(object).where(by_cause.notna(), None)  # JSON knows no NaN
     record(a.record or a.out / "verdicts.json", {"rows": rows, "wrong": shares, "causes": by_cause.to_dict("records")})
     print(markdown(by_cause.to_dict("records")), "\n")
     print("\n".join(f"wrong: {shares[what]:.1%} of {len(some)} {what[3:]}" for what, some in wrong.items()), "\n")
