@@ -130,7 +130,8 @@ def train(
 def ensemble(runs: Sequence[Run | PathLike], out: PathLike, *, console: Console | None = None) -> Run:
     """Make one run of several that differ in their seed alone, calibrate it, and open it.
 
-    It predicts their mean, more exactly than any of them as a rule; where they disagree its intervals are wider.
+    It predicts their mean, and what they disagree on is its scale, which its intervals follow. It has no latents and is
+    neither exported nor trained again by `refit`.
 
     Raises
     ------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from imgshared.types import InputError
 
 
 def make_ensemble(runs: Sequence[Run], out: Path) -> Path:
-    """Write a run folder whose model is the ensemble of runs that differ in their seeds alone.
+    """Write a run folder whose model is the ensemble of runs that differ in their seeds alone; beside, then renamed.
 
     The weights are copied: the members may be removed afterwards.
 
@@ -42,10 +43,13 @@ def make_ensemble(runs: Sequence[Run], out: Path) -> Path:
     experiment = dataclasses.replace(first.experiment, ensemble=tuple(seeds))
     if out.exists():
         raise InputError(f"{out} exists already: choose another folder, or remove it")
-    begin_run(experiment, out, False, first.fabric)
-    (out / "contract.json").write_text(json.dumps(first.contract.to_dict(), indent=2) + "\n")
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    begin_run(experiment, partial, False, first.fabric)
+    (partial / "contract.json").write_text(json.dumps(first.contract.to_dict(), indent=2) + "\n")
     weights = Ensemble([run.method for run in runs]).state_dict()
-    save(best_path(out), {"model": weights}, first.contract)
+    save(best_path(partial), {"model": weights}, first.contract)
+    partial.rename(out)
     return out
 
 

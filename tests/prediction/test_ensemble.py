@@ -15,7 +15,7 @@ from imgshared import api
 from imgshared.cli import main
 from imgshared.config import validate
 from imgshared.data.ngff import open_ngff
-from imgshared.prediction import load_run, predict_cells, predict_image
+from imgshared.prediction import ensemble, load_run, predict_cells, predict_image
 from imgshared.prediction.trust import load_trust
 from imgshared.types import InputError
 
@@ -124,3 +124,16 @@ def test_the_training_seed_leaves_groups_and_normaliser_as_they_are(plan, tiny, 
     assert not torch.equal(*(next(r.method.parameters()) for r in runs))
     other = validate(type(tiny), plan | {"split": {"val": 0.2, "test": 0.2, "seed": 1}}, "t")
     assert api.train(other, out=tmp_path / "other", console=QUIET).split != runs[0].split
+
+
+def test_a_full_disk_leaves_no_half_of_one(members, tmp_path, monkeypatch):
+    def full(*_):
+        raise InputError("cannot write the checkpoint")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ensemble, "save", full)
+        with pytest.raises(InputError, match="cannot write"):
+            api.ensemble(members, tmp_path / "both", console=QUIET)
+    assert not (tmp_path / "both").exists()
+    assert api.ensemble(members, tmp_path / "both", console=QUIET).seeds == [0, 1]
+    assert [p.name for p in tmp_path.iterdir()] == ["both"]
