@@ -140,11 +140,7 @@ def ensemble(runs: Sequence[Run | PathLike], out: PathLike, *, console: Console 
     """
     members = [_opened_run(run) for run in runs]
     for run in members:
-        data = run.experiment.data
-        if not data.exists() or CellStore(data).data_hash != run.contract.data_hash:
-            raise InputError(
-                f"{data}, which trained {run.path}, is not there or has changed: its validation groups are needed"
-            )
+        run.training_store("its validation groups calibrate an ensemble")
     return _with_trust(load_run(make_ensemble(members, Path(out))), console or Console())
 
 

@@ -74,7 +74,8 @@ def cohort(run: Run, store: CellStore, config: EvaluateConfig) -> Cohort:
         )
     leaks += shared_groups(store, seen, judged, config)
     foreign, unknown = _author(run, store, judged, config)
-    source = store if (parts == "train").any() else _training_store(run, store)
+    why = f"{store.path} holds no group that trained the run, and the floors need some; give a store with both"
+    source = store if (parts == "train").any() else run.training_store(why)
     train = np.flatnonzero(run.split.assign(source.obs) == "train")
     leaks += [*_normaliser(run, source, train), *foreign]
     return Cohort(source, train, np.flatnonzero(judged), leaks, [*_scaled(store), *unknown])
@@ -129,19 +130,6 @@ def _author(
             "would give with --allow-seen-groups"
         )
     return [f"{leak} ({_some(names)})"], []
-
-
-def _training_store(run: Run, store: CellStore) -> CellStore:
-    """Open the store that trained the model: one of new groups alone has no cell to fit the floors on."""
-    path = run.experiment.data
-    source = CellStore(path) if path.exists() else None
-    if source is None or source.data_hash != run.contract.data_hash:
-        why = "is not there" if source is None else "has changed since"
-        raise InputError(
-            f"{store.path} holds no group that trained this run, and the floors need some: the store that did, {path}, "
-            f"{why}. Give a store with both"
-        )
-    return source
 
 
 def _normaliser(run: Run, source: CellStore, train: NDArray[np.intp]) -> list[str]:

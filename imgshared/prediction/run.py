@@ -16,6 +16,7 @@ from imgshared.config import load as load_config
 from imgshared.data.normalise import Normaliser
 from imgshared.data.panel import Panel
 from imgshared.data.split import Split
+from imgshared.data.store import CellStore
 from imgshared.methods.base import Method
 from imgshared.training.checkpoint import Contract, load
 from imgshared.training.devices import make_fabric
@@ -75,6 +76,21 @@ class Run:
     def source_channel(self) -> int:
         """The first stain that is predicted from in the method's usual question."""
         return (self.method.sources or (self.panel.chromatin_index,))[0]
+
+    def training_store(self, why: str) -> CellStore:
+        """Open the store that trained the model.
+
+        Raises
+        ------
+        InputError
+            Where it is not there or has changed; says `why` it is needed.
+        """
+        path = self.experiment.data
+        store = CellStore(path) if path.exists() else None
+        if store is None or store.data_hash != self.contract.data_hash:
+            state = "is not there" if store is None else "has changed since"
+            raise InputError(f"the store {path}, which trained {self.path}, {state}: {why}")
+        return store
 
     def source_mask(self, names: Sequence[str] | None = None) -> Tensor:
         """Return the channels that the method is given, (C,) bool: the named ones, or those of its usual question.

@@ -102,7 +102,7 @@ def test_what_is_no_ensemble_is_refused(both, members, plan, tiny, toy, tmp_path
     with pytest.raises(InputError, match=r"split\.val was"):
         api.ensemble([first, replace(members[1], experiment=other)], tmp_path / "x")
     gone = replace(first, experiment=replace(first.experiment, data=tmp_path / "gone.zarr"))
-    with pytest.raises(InputError, match="is not there or has changed"):
+    with pytest.raises(InputError, match="is not there: its validation groups"):
         api.ensemble([gone, members[1]], tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
