@@ -16,7 +16,7 @@ from imgshared.data.store import CellStore
 from imgshared.evaluation import coverage
 from imgshared.evaluation.calibrate import calibrate, intervals, risk_limit, weighted_quantile
 from imgshared.prediction import predict_cells
-from imgshared.prediction.trust import FILE, load_trust
+from imgshared.prediction.trust import FILE, describe_latent, load_trust
 from imgshared.types import InputError
 
 rng = np.random.default_rng(0)
@@ -101,6 +101,22 @@ def test_intervals_cover_calibration_cells_and_odd_sources_are_told(sure, toy, m
     for odd in (blank, upside):
         assert (trust.odd(trust.describe(odd, 0)) == 1).all()
         assert coverage.compare(sure, trust, odd)["abstain"].all()
+
+
+def test_latents_unlike_those_of_training_are_odd_though_the_source_is_not(trained_run, toy):
+    calibrate(trained_run, toy)
+    trust = load_trust(trained_run.path)
+    done = predict_cells(trained_run, toy, np.flatnonzero(toy.obs["group"] == "g3"))
+    z = done.shared["sources"]
+    assert trust.odd(trust.describe(done, 0)).mean() < 0.7
+    far = dataclasses.replace(done, shared={"sources": z + 100 * z.std() * trust.components[:, 0].astype(z.dtype)})
+    assert (trust.odd(trust.describe(far, 0)) == 1).all()
+
+
+def test_a_latent_is_told_along_its_components_and_by_what_they_leave_over():
+    along, rest = describe_latent(np.array([[4.0, 6.0, 6.0]]), np.eye(3)[:, :2], np.ones(3))
+    assert along.tolist() == [[3, 5]]
+    assert rest == pytest.approx(np.log(5))
 
 
 def test_predict_writes_uncertainty_oddness_and_whether_to_abstain(sure, toy, tmp_path):
