@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -345,23 +346,32 @@ def toy(n: int, seed: int) -> Tensor:
     return torch.stack([protein, dna, protein], 1)
 
 
-def test_it_predicts_what_can_be_known_and_more_from_an_informative_partner() -> None:
+def taught(measured: Tensor) -> tuple[Translator, Tensor]:
+    """A translator that learnt from toy cells of these stains, and the mean of what they are in truth."""
     torch.manual_seed(0)
     method = Translator(
         TranslatorConfig(channels=(12, 16), marker_dim=4), panel=Panel(("P0", "DNA", "P2"), "DNA"), crop_px=16
     )
-    train, test = toy(256, 0), toy(100, 1)
-    measured = torch.ones(256, 3, dtype=torch.bool)
+    train = toy(len(measured), 0)
     method.prepare(measured, 0)
-    learn(method, Batch(torch.arange(256), train, measured), 150, lr=6e-3)
+    seen = torch.where(measured[..., None, None], train, torch.nan)
+    learn(method, Batch(torch.arange(len(measured)), seen, measured), 150, lr=6e-3)
+    return method, train.mean(0)
 
-    def error(*sources: int) -> float:
-        given = torch.zeros(100, 3, dtype=torch.bool)
-        given[:, list(sources)] = True
-        with torch.no_grad():
-            return (method.translate(test, given, [2]).mean - test[:, 2:]).square().mean().item()
 
-    picture = (train[:, 2].mean(0) - test[:, 2]).square().mean().item()
+def error_of(method: Translator, test: Tensor, target: int, *sources: int) -> float:
+    """Mean squared error of a stain predicted from others."""
+    given = torch.zeros(test.shape[:2], dtype=torch.bool)
+    given[:, list(sources)] = True
+    with torch.no_grad():
+        return (method.translate(test, given, [target]).mean - test[:, target, None]).square().mean().item()
+
+
+def test_it_predicts_what_can_be_known_and_more_from_an_informative_partner() -> None:
+    method, means = taught(torch.ones(256, 3, dtype=torch.bool))
+    test = toy(100, 1)
+    error = partial(error_of, method, test, 2)
+    picture = (means[2] - test[:, 2]).square().mean().item()
     spots = test[:, 2] - 0.5 * F.avg_pool2d(test[:, DNA, None], 3, 1, 1)[:, 0]
     unknowable = spots.var(0).mean().item()  # from DNA
     assert 0.9 * unknowable < error(DNA) < 0.6 * picture
@@ -370,3 +380,15 @@ def test_it_predicts_what_can_be_known_and_more_from_an_informative_partner() ->
     assert error(0) < 0.4 * error(DNA)
     z = method.encode(test, torch.ones(100, 3, dtype=torch.bool))
     assert torch.equal(z.shared, pool_to_middle(method._fused(test, z.measured)[1].shared))
+
+
+def test_two_panels_that_share_no_protein_complete_each_other() -> None:
+    measured = torch.ones(256, 3, dtype=torch.bool)
+    measured[:128, 2] = measured[128:, 0] = False
+    method, means = taught(measured)
+    test = toy(100, 1)
+    for own, other in ((0, 2), (2, 0)):
+        picture = (means[other] - test[:, other]).square().mean().item()
+        assert error_of(method, test, other, DNA) < 0.6 * picture
+        # What the other panel shows beside DNA was never seen with this stain: it may help, it must not harm.
+        assert error_of(method, test, other, DNA, own) < 1.05 * error_of(method, test, other, DNA)
