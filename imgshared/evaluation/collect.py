@@ -178,6 +178,9 @@ def collect(
     floors = fit or against
     if floors is not None and features is not None:
         _keep_means(part, store, panel, floors, features)
+    if floors is not None and crops:
+        for marker, images in _pictures(panel, floors, len(cells)):
+            part.crops[marker, MEAN] = images.astype(np.float16)
     return part
 
 

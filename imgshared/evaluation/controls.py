@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 
 from imgshared import metrics
-from imgshared.evaluation.collect import MEAN, Part
+from imgshared.evaluation.collect import MEAN
 from imgshared.evaluation.jobs import Cells, Job, Probabilities
 from imgshared.evaluation.labels import permuted
 from imgshared.evaluation.matrix import Case, Fit
 
-COUNT = {"features": 10, "cnn": 1}  # times that labels are permuted, for each stain
+COUNT = {"features": 10, "cnn": 3}  # times that labels are permuted, for each stain
 PERMUTATION = "labels permuted across groups"
 CHANCE = 0.05  # AUROC above 0.5 that a control may reach
 
@@ -40,20 +40,27 @@ class Control:
 
 
 def permute(case: Case, plan: Sequence[Fit]) -> Iterator[Control]:
-    """Yield `COUNT` controls by permuted labels; fewer where a fold would lack a class."""
-    count, seed = COUNT[case.backend], case.config.seed
+    """Yield `COUNT` controls by permuted labels; fewer where a fold would lack a class.
+
+    Labels are traded once for all cells, learnt from and tested: whatever is on both sides, a group or a cell, bears
+    the same traded label there, so that a classifier that knows it again is found out.
+    """
     if ("real",) not in dict(case.routes(plan)):
         return
-    rows, truth = (np.concatenate([getattr(fit, name) for fit in plan]) for name in ("test", "truth"))
-    tested = _trade(case, case.held, rows, truth, count, seed)
-    learnt = [
-        tested if fit.source is case.held else _trade(case, fit.source, fit.learn, fit.classes, count, seed + 1 + i)
-        for i, fit in enumerate(plan)
-    ]
-    for k in range(min(len(tested), *map(len, learnt))):
+    sides = [side for fit in plan for side in ((fit.source, fit.learn), (case.held, fit.test))]
+    codes = np.concatenate([c for fit in plan for c in (fit.classes, fit.truth)])
+    unit = case.config.fold or case.config.group
+    groups = np.concatenate([part.obs[unit].astype(str).to_numpy()[rows] for part, rows in sides])
+    names = np.concatenate([part.obs.index.astype(str).to_numpy()[rows] for part, rows in sides])
+    _, first, at = np.unique(groups + "\n" + names, return_index=True, return_inverse=True)
+    ends = np.cumsum([len(rows) for _, rows in sides])[:-1]
+    held = np.zeros(len(first), bool)
+    held[np.concatenate(np.split(at, ends)[1::2])] = True
+    views = [held] if held.all() else [held, ~held]  # cells that are only learnt from are to tell little, too
+    for new in permuted(codes[first], groups[first], COUNT[case.backend], case.config.seed, views):
+        traded = np.split(new[at], ends)
         turned = [
-            dataclasses.replace(fit, classes=mine[k][fit.learn], truth=tested[k][fit.test])
-            for fit, mine in zip(plan, learnt, strict=True)
+            dataclasses.replace(fit, classes=traded[2 * k], truth=traded[2 * k + 1]) for k, fit in enumerate(plan)
         ]
         if all(len(np.unique(fit.classes)) == case.classes for fit in turned):
             jobs = case.jobs(turned, ("real",), [("real",)])
@@ -63,8 +70,9 @@ def permute(case: Case, plan: Sequence[Fit]) -> Iterator[Control]:
 def judge(permutations: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """Return one row a label x backend x control: `value` (AUROC), `low`, `high`, and whether it is `sound`.
 
-    Permuted labels: the mean over stains and permutations, its interval that of the mean. The marker mean: the stain
-    with the highest AUROC. Grouped folds push permuted labels below 0.5 rather than above it: below is sound.
+    Permuted labels: the mean over stains and permutations, its interval that of the mean. The marker mean: a stain
+    that is not sound before others, then the one with the highest AUROC. Grouped folds push permuted labels below 0.5
+    rather than above it: below is sound.
     """
     rows = []
     keys = ["label", "backend"]
@@ -75,23 +83,16 @@ def judge(permutations: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
         rows.append({"label": label, "backend": backend, "control": PERMUTATION, **value})
     means = scores[(scores["input"] == MEAN) & (scores["score"] == "auroc")] if len(scores) else scores
     for (label, backend), part in means.groupby(keys, sort=False) if len(means) else ():
-        worst = max(part.to_dict("records"), key=lambda row: float(row["value"]))
+        worst = max(part.to_dict("records"), key=lambda row: (not _sound(row["value"], row["low"]), row["value"]))
         rows.append(
             {"label": label, "backend": backend, "control": MEAN, **{k: worst[k] for k in ("value", "low", "high")}}
         )
     table = pd.DataFrame(rows)
     if len(table):
-        table["sound"] = (table["value"] <= 0.5 + CHANCE) | (table["low"] <= 0.5)
+        table["sound"] = [_sound(*row) for row in zip(table["value"], table["low"], strict=True)]
     return table
 
 
-def _trade(case: Case, part: Part, rows: Cells, codes: Cells, count: int, seed: int) -> list[Cells]:
-    """Permute the labels of some rows; returned by row of the part, -1 for the others."""
-    unit = case.config.fold or case.config.group
-    groups = part.obs[unit].astype(str).to_numpy()[rows]
-    traded = []
-    for new in permuted(codes, groups, count, seed):
-        every = np.full(len(part.cells), -1)
-        every[rows] = new
-        traded.append(every)
-    return traded
+def _sound(value: float, low: float) -> bool:
+    """At chance, or not told from it."""
+    return bool(value <= 0.5 + CHANCE or low <= 0.5)

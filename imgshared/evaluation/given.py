@@ -54,7 +54,8 @@ class Stored:
     store
         The measured cells; those of other stores (training cells) are still predicted.
     path
-        An AnnData store whose obs names are the cells and whose ``obsm["predicted_images"]`` (``sharp_images``) holds
+        An AnnData store whose obs names are the cells (and whose `store_hash`, where it has one, is the measured
+        store's) and whose ``obsm["predicted_images"]`` (``sharp_images``) holds
         (N, T, Y, X) raw intensities of the markers of its `var`. Other markers are not judged.
     """
 
@@ -75,7 +76,17 @@ class Stored:
                     f"{nearest(marker, run.panel.markers)}"
                 )
         self._channels = run.panel.indices(self._given.markers)
-        self._rows = pd.Index(self._given.obs.index.astype(str)).get_indexer(store.obs.index.astype(str))
+        names = pd.Index(self._given.obs.index.astype(str))
+        if names.has_duplicates:
+            twice = names[names.duplicated()][0]
+            raise InputError(f"predictions: {path} holds the cell {twice} twice: every cell has one row")
+        made_of = self._given.info.get("store_hash")
+        if made_of is not None and made_of != store.data_hash:
+            raise InputError(
+                f"predictions: {path} was predicted from other cells than {store.path} holds now, though they may bear "
+                "the same names. Predict this store again"
+            )
+        self._rows = names.get_indexer(store.obs.index.astype(str))
         lacking = np.flatnonzero(self._rows < 0)
         if len(lacking):
             raise InputError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from imgshared.config import EvaluateConfig
@@ -72,19 +73,34 @@ def cohort(run: Run, store: CellStore, config: EvaluateConfig) -> Cohort:
             f"{len(known)} of the {len(np.unique(values[judged]))} values of {run.split.by} that are judged have "
             f"trained the model or chosen its checkpoint ({_some(known)})"
         )
-    leaks += shared_groups(store, seen, judged, config)
+    known_to, doubts = _trained(run, store, config)
+    leaks += shared_groups(known_to, store.obs[judged & ~seen], config)
     foreign, unknown = _author(run, store, judged, config)
     why = f"{store.path} holds no group that trained the run, and the floors need some; give a store with both"
     source = store if (parts == "train").any() else run.training_store(why)
     train = np.flatnonzero(run.split.assign(source.obs) == "train")
     leaks += [*_normaliser(run, source, train), *foreign]
-    return Cohort(source, train, np.flatnonzero(judged), leaks, [*_scaled(store), *unknown])
+    return Cohort(source, train, np.flatnonzero(judged), leaks, [*_scaled(store), *doubts, *unknown])
 
 
-def shared_groups(
-    store: CellStore, seen: NDArray[np.bool_], judged: NDArray[np.bool_], config: EvaluateConfig
-) -> list[str]:
-    """Find groups with cells on both sides of a split, as where it was split by image or by well.
+def _trained(run: Run, store: CellStore, config: EvaluateConfig) -> tuple[pd.DataFrame, list[str]]:
+    """Return obs of the cells that the model has seen, in the store that trained it where that is there; cautions."""
+    known, doubts = store, []
+    others = [name for name in dict.fromkeys((config.group, "group")) if name != run.split.by]
+    if others and store.data_hash != run.contract.data_hash:
+        try:
+            known = run.training_store("")
+        except InputError:
+            doubts = [
+                f"the store that trained the model is not there, so whether it has seen a {name} that is judged, in "
+                f"another {run.split.by}, is not known"
+                for name in others
+            ]
+    return known.obs[np.isin(run.split.assign(known.obs), ("train", "val"))], doubts
+
+
+def shared_groups(seen: pd.DataFrame, judged: pd.DataFrame, config: EvaluateConfig) -> list[str]:
+    """Find groups with cells on both sides of a split, as where it was split by image or by well; by obs of both.
 
     Raises
     ------
@@ -93,8 +109,9 @@ def shared_groups(
     """
     leaks = []
     for name in dict.fromkeys((config.group, "group")):
-        units = column(store.obs, name).astype(str).to_numpy()
-        both = np.intersect1d(units[seen], units[judged & ~seen])
+        if name not in seen:  # the store that trained the model has no such column
+            continue
+        both = np.intersect1d(seen[name].astype(str), column(judged, name).astype(str))
         if not len(both):
             continue
         leaks.append(f"{name} {both[0]!r} has cells on both sides of the run's split ({len(both)} in all)")

@@ -46,7 +46,8 @@ def imputability(table: pd.DataFrame, trained: Mapping[str, int]) -> pd.DataFram
     One row a marker. `image`: 1 - squared error of the prediction over that of the marker's mean picture, all cells'
     pixels together; `intensity`: R2 of the cells' mean intensity; both with `_low` and `_high` over groups, below 0
     where the mean would have been the better guess. `within`: R2 of intensity after each group's own means are taken
-    out; `rebuilt`: R2 of intensity from the stain's own latents (NaN without). `cells`, `groups`, `trained`, `reasons`.
+    out; `rebuilt` and `rebuilt_shared`: R2 of intensity from the stain's own latents, and from its own shared one alone
+    (NaN without). `cells`, `groups`, `trained`, `reasons`.
     """
     rows = []
     for marker, part in table.groupby("marker", sort=False):
@@ -63,10 +64,9 @@ def imputability(table: pd.DataFrame, trained: Mapping[str, int]) -> pd.DataFram
             value = metrics.estimate(groups, statistic, (-np.inf, 1.0))
             row |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
         row["within"] = _r2(_centred(real, groups), _centred(predicted, groups))
-        full = by.get("full")
-        row["rebuilt"] = (
-            _r2(real, full.loc[guess.index, "intensity_predicted"].to_numpy()) if full is not None else np.nan
-        )
+        for column, name in (("rebuilt", "full"), ("rebuilt_shared", "shared")):
+            own = by.get(name)
+            row[column] = np.nan if own is None else _r2(real, own.loc[guess.index, "intensity_predicted"].to_numpy())
         row |= {"cells": len(guess), "groups": len(np.unique(groups)), "trained": trained.get(str(marker), 0)}
         rows.append({**row, "reasons": reasons(row)})
     return pd.DataFrame(rows)
@@ -92,8 +92,13 @@ def reasons(row: Mapping[str, Any]) -> str:
     said = []
     if row["trained"] < FEW:
         said.append(f"few training cells ({row['trained']})")
-    if row["rebuilt"] - max(row["intensity"], 0) > GAP:
+    known, own = max(row["intensity"], 0), np.nan_to_num(row["rebuilt_shared"])
+    if row["rebuilt"] - max(known, own) > GAP:
         said.append(f"carried by the stain's own specific latent, which redraws it (R² {row['rebuilt']:.2f})")
+    elif own - known > GAP:
+        said.append(
+            f"carried by the stain alone: its own shared latent redraws it (R² {own:.2f}), the sources' does not"
+        )
     if row["within"] - max(row["intensity"], 0) > GAP:
         said.append(f"batch effect: within a group R² is {row['within']:.2f}")
     return "; ".join(said)
@@ -148,20 +153,26 @@ def warnings_of(run: Run, markers: Sequence[str]) -> list[str]:
     path = run.path / FILE
     if not path.exists():
         return []
-    said = []
-    for row in json.loads(path.read_text()):
+    rows = json.loads(path.read_text())
+    known = {row["marker"] for row in rows}
+    said = [
+        f"{marker}: no validation group shows it, so how far its prediction can be trusted is not known"
+        for marker in markers
+        if marker not in known and marker != run.panel.chromatin
+    ]
+    for row in rows:
         if row["marker"] not in markers:
             continue
         why = f" ({row['reasons']})" if row["reasons"] else ""
         if row.get("image") is not None and row["image"] < LOW:
             said.append(
-                f"{row['marker']}: on unseen groups, predicted pictures recover next to nothing beyond the mean "
-                f"picture of the stain (share {row['image']:.2f}){why}"
+                f"{row['marker']}: on the validation groups, predicted pictures recover next to nothing beyond the "
+                f"mean picture of the stain (share {row['image']:.2f}){why}"
             )
         elif row["intensity"] is not None and row["intensity"] < LOW:
             said.append(
-                f"{row['marker']}: do not rank cells by predicted brightness, on unseen groups it recovers a share of "
-                f"{row['intensity']:.2f} of the real one's variation{why}"
+                f"{row['marker']}: do not rank cells by predicted brightness, on the validation groups it recovers a "
+                f"share of {row['intensity']:.2f} of the real one's variation{why}"
             )
     return said
 

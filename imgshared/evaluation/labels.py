@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,18 @@ def grouped_folds(
     return pairs
 
 
+def refuse_untaught(label: Label, train: pd.DataFrame) -> None:
+    """Refuse a label of which the training cells lack a class, as where it is a function of the group."""
+    taught = set(column(train, label.name).astype(str))
+    for name in label.classes:
+        if name not in taught:
+            raise InputError(
+                f"label {label.name!r}: class {name!r} is in no training group of the run, so that no classifier could "
+                "learn it there: no honest split exists. Hold out other groups, let classifiers learn among the "
+                "held-out ones (train_on=test), or choose another label"
+            )
+
+
 def inner_groups(codes: NDArray[np.intp], groups: NDArray[Any], seed: int, parts: int = 5) -> NDArray[np.bool_] | None:
     """Choose whole groups, about one of `parts` of the cells, to stop a training; None where a class would be lost.
 
@@ -136,16 +149,23 @@ def inner_groups(codes: NDArray[np.intp], groups: NDArray[Any], seed: int, parts
     return None
 
 
-def permuted(codes: NDArray[np.intp], groups: NDArray[Any], count: int, seed: int) -> list[NDArray[np.intp]]:
+def permuted(
+    codes: NDArray[np.intp],
+    groups: NDArray[Any],
+    count: int,
+    seed: int,
+    views: Sequence[NDArray[np.bool_]] = (),
+) -> list[NDArray[np.intp]]:
     """Let groups trade labels: each cell takes the class of a random cell of the group that its own was paired with.
 
     So a class that whole groups share stays one, and groups keep what else makes them alike. With few groups a random
     trade often says the same as the truth, or its reverse: of 20 times as many, the `count` that tell least of it are
-    returned (least mutual information).
+    returned (least mutual information, in the worst of `views`, parts of the cells; without, over all).
     """
     names, at = np.unique(groups, return_inverse=True)
     rng = np.random.default_rng(seed)
     rows = [np.flatnonzero(at == g) for g in range(len(names))]
+    views = views or [np.ones(len(codes), bool)]
     drawn = []
     for _ in range(20 * count):
         new = np.empty_like(codes)
@@ -153,7 +173,7 @@ def permuted(codes: NDArray[np.intp], groups: NDArray[Any], count: int, seed: in
             new[rows[g]] = codes[rng.choice(rows[other], len(rows[g]))]
         if len(np.unique(new)) == len(np.unique(codes)):
             drawn.append(new)
-    return sorted(drawn, key=lambda new: float(mutual_info_score(codes, new)))[:count]
+    return sorted(drawn, key=lambda new: max(float(mutual_info_score(codes[v], new[v])) for v in views))[:count]
 
 
 def refuse_shared_groups(obs_train: pd.DataFrame, obs_test: pd.DataFrame, unit: str) -> None:

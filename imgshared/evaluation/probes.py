@@ -42,9 +42,9 @@ def probe(
     Raises
     ------
     InputError
-        For an unknown column, a label with one class, or a group with cells on both sides.
+        For an unknown column, a label with one class, or a group with cells on both sides (unless `config` allows it).
     """
-    if config.labels or config.factors:
+    if (config.labels or config.factors) and not config.allow_seen_groups:
         refuse_shared_groups(train.obs, test.obs, config.group)
     rows: list[dict[str, Any]] = []
     for name in config.labels:

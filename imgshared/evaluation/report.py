@@ -96,6 +96,7 @@ def write_report(shown: Shown, path: Path) -> Path:
         maps=_maps(shown),
         curves=figures.training_curves(found["training"]),
         nested=shown.study.nested,
+        leaks=shown.study.leaks,
         methods=words.methods(shown.run, shown.study),
         provenance=_provenance(shown),
         config=dump(shown.config),
@@ -119,7 +120,7 @@ def _stain_forest(shown: Shown) -> str:
     table = table[table["score"] == "pearson"]
     order = ["full", "shared", "predicted", "linear", "marker_mean"]
     rows = [(str(m), _points(part, "prediction", order)) for m, part in table.groupby("marker", sort=False)]
-    return figures.forest(rows, "Pearson r per cell, mean over held-out cells, 95% interval")
+    return figures.forest(rows, "Pearson r per cell, mean over judged cells, 95% interval")
 
 
 def _label_forests(shown: Shown) -> list[tuple[str, str]]:
@@ -208,7 +209,7 @@ def _cards(shown: Shown) -> list[tuple[str, str]]:
         told = labels[labels["verdict"].isin(TOLD_BY_REAL)]
         kept = int((told["verdict"] == NOT_INFERIOR).sum())
         cards.append((f"{kept} of {len(told)}", "pairs of label and stain are told not inferior to the real stain"))
-    cards.append((f"{len(shown.test.cells):,}", f"held-out cells of {groups} {'group' if groups == 1 else 'groups'}"))
+    cards.append((f"{len(shown.test.cells):,}", f"cells judged, of {groups} {'group' if groups == 1 else 'groups'}"))
     return cards
 
 

@@ -23,7 +23,14 @@ from imgshared.evaluation.collect import Part, Predict, Progress, collect, join
 from imgshared.evaluation.floors import Floors
 from imgshared.evaluation.given import images_to_judge
 from imgshared.evaluation.guard import Cohort, cohort
-from imgshared.evaluation.labels import check_values, grouped_folds, read_factor, read_label, refuse_broken_folds
+from imgshared.evaluation.labels import (
+    check_values,
+    grouped_folds,
+    read_factor,
+    read_label,
+    refuse_broken_folds,
+    refuse_untaught,
+)
 from imgshared.prediction import Run
 from imgshared.prediction.trust import load_trust
 from imgshared.prediction.types import PredictedCells
@@ -153,7 +160,7 @@ def study(run: Run, store: CellStore, config: EvaluateConfig, predict: Predict, 
     if config.train_on == "auto":  # too few held-out groups cannot be folded
         enough = held[config.fold or config.group].nunique() >= config.folds
         config = dataclasses.replace(config, train_on="test" if enough else "train")
-    _check_labels(held, config)
+    _check_labels(held, who.source.obs.iloc[who.train], config)
     looked = look(run, store, who, config, predict, say)
     return Study(store, config, [looked], looked.test)
 
@@ -212,7 +219,7 @@ def check_columns(obs: pd.DataFrame, config: EvaluateConfig) -> None:
     check_values(obs, config.labels, config.label_values)
 
 
-def _check_labels(test: pd.DataFrame, config: EvaluateConfig) -> None:
+def _check_labels(test: pd.DataFrame, train: pd.DataFrame, config: EvaluateConfig) -> None:
     """Refuse hopeless labels before hours of prediction."""
     fold = config.fold or config.group
     if config.labels:
@@ -222,6 +229,8 @@ def _check_labels(test: pd.DataFrame, config: EvaluateConfig) -> None:
         if config.train_on == "test":
             cells = np.flatnonzero(label.codes >= 0)
             grouped_folds(label, cells, test[fold].astype(str).to_numpy(), fold, config.folds, config.seed)
+        else:
+            refuse_untaught(label, train)
 
 
 def _predict(predict: Predict, bound: list[int], cells: NDArray[np.intp], **wishes: Any) -> PredictedCells:

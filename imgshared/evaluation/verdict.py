@@ -95,7 +95,7 @@ def sentences(stains: pd.DataFrame, labels: pd.DataFrame, chromatin: str) -> lis
         total = len(stains)
         said.append(
             f"{len(clears)} of {total} {'stain' if total == 1 else 'stains'} predicted from {chromatin} "
-            f"{'clears' if len(clears) == 1 else 'clear'} both floors on unseen groups" + _list(clears, ": ") + "."
+            f"{'clears' if len(clears) == 1 else 'clear'} both floors on the judged groups" + _list(clears, ": ") + "."
         )
         if unclear:
             said.append(f"Not clearly better than the floors: {_list(unclear)}.")
@@ -111,7 +111,7 @@ def sentences(stains: pd.DataFrame, labels: pd.DataFrame, chromatin: str) -> lis
                 each = [f"{r['marker']} ({r['predicted']:.2f} of {r['real']:.2f})" for r in found.to_dict("records")]
                 text += f" {words} {_list(each)}."
         if not part["verdict"].isin(TOLD_BY_REAL).any():
-            text += " No real stain tells it on unseen groups."
+            text += " No real stain tells it."
         over = list(part.loc[part["gap_chromatin_low"].fillna(part["gap_chromatin"]) > SUSPECT, "marker"])
         if over:
             text += (
@@ -191,7 +191,7 @@ def _words(
     """Put a verdict in words, with its numbers."""
     label, marker, verdict = row["label"], row["marker"], row["verdict"]
     if verdict == ABSENT:
-        return f"Real {marker} does not tell {label} on unseen groups (AUROC {auroc['real']:.2f}): nothing to keep."
+        return f"Real {marker} does not tell {label} (AUROC {auroc['real']:.2f}): nothing to keep."
     numbers = f"AUROC {auroc['predicted']:.2f} against {auroc['real']:.2f}, {_signed(gap.value)}{_interval(gap)}"
     first = {
         ALONE: f"Predicted {marker} tells {label}, which real {marker} does not ({numbers}): it repeats its source.",

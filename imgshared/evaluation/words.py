@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,8 @@ from imgshared.evaluation.imputability import LOW
 from imgshared.evaluation.study import Study
 from imgshared.evaluation.verdict import stamps
 from imgshared.prediction import Run
+
+NAMED = 24  # groups in a sentence; all of them stand under provenance
 
 
 def methods(run: Run, study: Study) -> str:
@@ -26,23 +28,15 @@ def methods(run: Run, study: Study) -> str:
         f"Intensities were normalised by marker ({scale}, then the {n.low:g} to {n.high:g} percentile of the training "
         "groups to 0 to 1)."
     ]
-    by, sources = run.split.by, [run.panel.markers[c] for c in run.method.sources or (run.panel.chromatin_index,)]
+    sources = [run.panel.markers[c] for c in run.method.sources or (run.panel.chromatin_index,)]
     said.append(f"{run.title} (imgshared) predicts each protein from {', '.join(sources)}.")
-    if study.nested:
-        folds = "; ".join(f"{k}: {', '.join(s.test)}" for k, s in enumerate(study.splits, 1))
-        said.append(
-            f"In a nested study of {len(study.splits)} folds of {by} ({folds}), normaliser, model and classifiers were "
-            f"fitted without the fold that they were judged on; inner groups stopped the training."
-        )
-    else:
-        parts = [
-            f"{len(getattr(run.split, p))} {w}" for p, w in (("train", "trained"), ("val", "stopped the training"))
-        ]
-        said.append(f"Of {by}, {' and '.join(parts)}; the others were not seen before they were judged.")
+    said += _split(study)
     groups = study.test.obs[config.group].nunique()
     said.append(f"{test:,} cells of {groups} values of {config.group} were judged{sampled}.")
     if config.labels:
-        where = "the training cells" if study.turns else f"{config.folds} folds of {config.fold or config.group}"
+        unit = config.fold or config.group
+        where = "the training cells" if study.turns else f"{config.folds} folds of {unit}"
+        others = "the judged cells" if study.leaks else f"other values of {unit}"
         kinds = {
             "features": "logistic regression (L2, C = 0.1, classes balanced) on 45 features of a stain",
             "cnn": f"a {config.cnn} with group normalisation, at most {config.cnn_steps} batches of 64 crops, stopped "
@@ -50,14 +44,41 @@ def methods(run: Run, study: Study) -> str:
         }
         said.append(
             f"Classifiers of {', '.join(config.labels)} ({' and '.join(kinds[c] for c in config.classifiers)}) learnt "
-            f"from {where} and were tested on unseen values of {config.fold or config.group}, every input given by the "
-            f"same cells; a loss of AUROC up to {config.margin:g} did not count."
+            f"from {where} and were tested on {others}, every input given by the same cells; a loss of AUROC up to "
+            f"{config.margin:g} did not count."
         )
     said.append(
         f"Intervals are 95%, from the delete-one-{config.group} jackknife with Student's t. The floors are a marker's "
         f"mean training picture and ridge regression on blurs of {run.panel.chromatin} ({train:,} training cells)."
     )
     return " ".join(said)
+
+
+def _split(study: Study) -> Iterator[str]:
+    """Say who trained, who stopped the training, who was judged: names and numbers of cells."""
+    by = study.run.split.by
+    if study.nested:
+        yield (
+            f"In a nested study of {len(study.looks)} folds of {by}, normaliser, model and classifiers were fitted "
+            "without the fold that they were judged on, and inner groups stopped the training."
+        )
+    for k, one in enumerate(study.looks, 1):
+        split, obs = one.run.split, one.cohort.source.obs
+        cells = pd.Series(split.assign(obs)).value_counts()
+        parts = [
+            f"{_named(names)} ({cells.get(part, 0):,} cells) {did}"
+            for part, did in (("train", "trained"), ("val", "stopped the training"))
+            if (names := getattr(split, part))
+        ]
+        judged = sorted(set(study.store.obs[by].astype(str).iloc[one.cohort.judged]))
+        parts.append(f"{_named(judged)} ({len(one.cohort.judged):,}) judged")
+        yield (f"Fold {k}: of {by}, " if study.nested else f"Of {by}, ") + "; ".join(parts) + "."
+    if study.leaks:
+        yield "So the model had seen some of what it was judged by."
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= NAMED else f"{len(names)} values"
 
 
 def model_card(run: Run, study: Study, tables: dict[str, pd.DataFrame], summary: list[str], notes: list[str]) -> str:
@@ -78,7 +99,7 @@ def model_card(run: Run, study: Study, tables: dict[str, pd.DataFrame], summary:
         "## How far to trust each stain", "",
         "| stain | pictures recovered | brightness recovered | floors | labels |", "|---|---|---|---|---|",
         *_rows(tables), "",
-        f"Shares of the variation between cells of unseen groups, with 95% intervals; below {LOW:g}, do not use it for "
+        f"Shares of the variation between the judged cells, with 95% intervals; below {LOW:g}, do not use it for "
         "that.", "",
         "## What was found", "", *(f"- {s}" for s in summary), "",
         "## How it was judged", "", methods(run, study), "",

@@ -102,8 +102,11 @@ class Trust:
         return np.hstack([features, *describe_latent(done.shared.get("sources"), self.components, self.mean_latent)])
 
     def abstain(self, widths: Floats, odd: NDArray[np.float64], channel: int) -> NDArray[np.bool_]:
-        """Say of which cells a marker is better not predicted, by their pixels' mean half width (n,) and `odd`."""
-        return np.asarray((widths >= self.limit[channel]) | (odd > ODD))
+        """Say of which cells a marker is better not predicted, by their pixels' mean half width (n,) and `odd`.
+
+        Without a width, of all: a marker that no calibration cell showed.
+        """
+        return np.asarray(~(widths < self.limit[channel]) | (odd > ODD))
 
     def save(self, path: Path) -> None:
         """Write beside, then rename."""

@@ -17,6 +17,7 @@ from imgshared.data.panel import Panel
 from imgshared.data.split import Split
 from imgshared.data.store import CellStore, StoreWriter, panel_table
 from imgshared.prediction.types import PredictedCells
+from imgshared.types import InputError
 
 SIDE = 32
 PANEL = Panel(("DNA", "Rim", "Foci"), "DNA")
@@ -125,6 +126,10 @@ def run(tmp_path):
     donors = [f"donor{g:02d}" for g in range(12)]
     split = Split("group", tuple(donors[:6]), tuple(donors[6:8]), tuple(donors[8:]))
     contract = SimpleNamespace(data_hash="of another store")
+
+    def gone(why):
+        raise InputError(why)
+
     return SimpleNamespace(
         path=path,
         experiment=Experiment(data="cells.zarr"),
@@ -133,4 +138,5 @@ def run(tmp_path):
         contract=contract,
         method=SimpleNamespace(sources=None, parameters=list),
         title="a stand-in",
+        training_store=gone,
     )

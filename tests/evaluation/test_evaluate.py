@@ -113,7 +113,11 @@ def test_evaluation_of_planted_signals(done, tmp_path, world, run):
     card = (out / "model_card.md").read_text()
     assert "| Rim | 0." in card
     assert "drug: not inferior" in card
-    for said in ("6 trained and 2 stopped the training", "4 values of group were judged", "a loss of AUROC up to 0.05"):
+    for said in (
+        "donor05 (300 cells) trained; donor06, donor07 (100 cells) stopped",
+        "4 values of group were judged",
+        "a loss of AUROC up to 0.05",
+    ):
         assert said in card
         assert said in done.report.read_text()
 

@@ -20,7 +20,7 @@ def predicted(trained_run, toy, tmp_path_factory):
     return api.predict(trained_run, toy, tmp_path_factory.mktemp("predicted") / "predicted.zarr")
 
 
-def rewritten(path, source, change_ids=None, change=lambda images: images):
+def rewritten(path, source, change_ids=None, change=lambda images: images, **info):
     """The same predictions, in reverse order, with other ids or images."""
     import anndata
 
@@ -33,7 +33,7 @@ def rewritten(path, source, change_ids=None, change=lambda images: images):
         writer.append(predicted_images=change(np.asarray(given.obsm["predicted_images"])[order]))
         writer.finish(
             obs, given.var, np.asarray(given.X)[order], layers={"measured": given.layers["measured"][order]},
-            obsm={"spatial": given.obsm["spatial"][order]}, info={"crop_px": 16, "pixel_size_um": None},
+            obsm={"spatial": given.obsm["spatial"][order]}, info={"crop_px": 16, "pixel_size_um": None, **info},
         )  # fmt: skip
     return path
 
@@ -65,6 +65,17 @@ def test_predictions_of_other_cells_are_refused(trained_run, toy, predicted, tmp
     ):
         api.evaluate(trained_run, toy, tmp_path / "out", predictions=str(other))
     assert not (tmp_path / "out").exists()
+
+
+def test_cells_that_have_changed_under_their_names_or_come_twice_are_refused(trained_run, toy, predicted, tmp_path):
+    same = rewritten(tmp_path / "same.zarr", predicted, store_hash=toy.data_hash)
+    images_to_judge(predict_cells, trained_run, toy, EvaluateConfig(predictions=str(same)))
+    cut_anew = rewritten(tmp_path / "cut_anew.zarr", predicted, store_hash="of other crops")
+    with pytest.raises(InputError, match=r"cut_anew.*was predicted from other cells than .* holds now"):
+        api.evaluate(trained_run, toy, tmp_path / "out", predictions=str(cut_anew))
+    twice = rewritten(tmp_path / "twice.zarr", predicted, change_ids={toy.obs.index[5]: toy.obs.index[6]})
+    with pytest.raises(InputError, match=rf"holds the cell {toy.obs.index[6]} twice"):
+        api.evaluate(trained_run, toy, tmp_path / "out", predictions=str(twice))
 
 
 def test_a_store_without_the_images_is_refused(trained_run, toy, predicted, tmp_path):

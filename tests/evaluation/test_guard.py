@@ -109,6 +109,39 @@ def test_one_donor_in_two_splits(world, run, tmp_path):
     assert blind > honest + 0.15  # what the guard is told nothing of, it cannot see
 
 
+def test_a_donor_whose_other_wells_trained_the_model_in_another_store(trained_run, toy, make_store, tmp_path):
+    """By well the new store is unseen; its donors are those of the store that trained."""
+    new = CellStore(make_store(tmp_path / "new.zarr", seed=5))
+    new.obs["donor"] = new.obs["group"].astype(str)
+    new.obs["group"] = ["n" + g for g in new.obs["donor"]]
+    trained = CellStore(toy.path)
+    trained.obs["donor"] = trained.obs["group"].astype(str)
+    run = copy.copy(trained_run)
+    object.__setattr__(run, "training_store", lambda why: trained)
+    config = dataclasses.replace(CONFIG, group="donor")
+    with pytest.raises(InputError, match="donor 'g0' has cells on both sides"):
+        evaluate(run, new, tmp_path / "out", config)
+    leaking = evaluate(run, new, tmp_path / "out", dataclasses.replace(config, allow_seen_groups=True))
+    assert stamped(leaking)
+    assert "donor 'g0' has cells on both sides of the run's split (4 in all)" in leaking.leaks[0]
+    new.obs["donor"] = ["another " + d for d in new.obs["donor"]]
+    assert not evaluate(run, new, tmp_path / "out", config).leaks
+
+
+@pytest.mark.parametrize("where", ["train", "test"])
+def test_what_a_leak_would_give_is_shown_with_labels_too(world, run, store, tmp_path, where):
+    allowed = dataclasses.replace(
+        CONFIG, labels=("drug",), factors=("size",), train_on=where, folds=4, allow_seen_groups=True
+    )
+    leaking = evaluate(run, store, tmp_path / "leaking", allowed, predict=memory(world, run))
+    assert stamped(leaking)
+    assert len(leaking.classifiers)
+    assert len(leaking.probes)
+    page = leaking.report.read_text() + (leaking.report.parent / "model_card.md").read_text()
+    for untrue in ("unseen", "never saw", "not seen", "held-out cells of"):
+        assert untrue not in page
+
+
 def test_a_normaliser_that_was_fitted_on_all(tiny, arrays, write_store, tmp_path):
     """One held-out donor is stained three times as brightly: who has looked at it scales all others by it."""
     images, measured, masks, obs = arrays

@@ -18,9 +18,9 @@ N = 300
 GROUPS = np.arange(N) % 6
 
 
-def table(real, predicted, full=None, marker="P"):
+def table(real, predicted, full=None, shared=None, marker="P"):
     """Rows as `fidelity.compare` makes them, of pictures of one pixel."""
-    guesses = {"predicted": predicted, "marker_mean": np.full(N, real.mean()), "full": full}
+    guesses = {"predicted": predicted, "marker_mean": np.full(N, real.mean()), "full": full, "shared": shared}
     rows = []
     for name, guess in guesses.items():
         if guess is not None:
@@ -68,6 +68,9 @@ def test_reasons_are_those_planted():
     specific = scored(real, blind, real + rng.normal(0, 0.1, N))
     assert specific["rebuilt"] > 0.9
     assert specific["reasons"].startswith("carried by the stain's own specific latent")
+    assert scored(real, blind, real, blind)["reasons"].startswith("carried by the stain's own specific latent")
+    assert scored(real, blind, real, real)["reasons"].startswith("carried by the stain alone: its own shared latent")
+    assert scored(real, real, real, real)["reasons"] == ""
     assert scored(real, blind, blind)["reasons"] == ""
     shifted = real + 2 * (GROUPS - 2.5)
     batch = scored(real, shifted)
@@ -86,6 +89,7 @@ def test_a_trained_run_knows_and_predict_warns(trained_run, toy, tmp_path):
     assert rows["P1"]["intensity_low"] is None  # one validation group has no interval
     before = path.stat().st_mtime_ns
     assert assess(trained_run, toy).stat().st_mtime_ns == before
+    assert "P3: no validation group shows it" in warnings_of(trained_run, ["P3"])[0]
     said = warnings_of(trained_run, ["P1"])  # its brightness is its own, and two epochs teach little
     assert len(said) == 1
     assert said[0].startswith("P1: ")

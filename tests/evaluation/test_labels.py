@@ -12,6 +12,7 @@ from imgshared.evaluation.labels import (
     read_label,
     refuse_broken_folds,
     refuse_shared_groups,
+    refuse_untaught,
 )
 from imgshared.types import InputError
 
@@ -69,6 +70,13 @@ def test_a_class_that_only_one_group_has():
     label = read_label(lonely, "drug")
     with pytest.raises(InputError, match=r"class 'a' is of group 'g1'.*no honest split exists"):
         grouped_folds(label, np.arange(60), obs["group"].to_numpy(), "group", 3, 0)
+
+
+def test_a_class_that_no_training_group_has():
+    label = read_label(obs.assign(drug=obs["group"]), "drug")
+    with pytest.raises(InputError, match=r"class 'g5' is in no training group.*no honest split exists"):
+        refuse_untaught(label, obs.assign(drug=obs["group"])[obs["group"] != "g5"])
+    refuse_untaught(label, obs.assign(drug=obs["group"]))
 
 
 def test_groups_on_both_sides_are_named():

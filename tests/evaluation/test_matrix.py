@@ -130,7 +130,8 @@ def test_a_leak_through_what_should_be_constant_is_caught():
     assert table.loc["marker mean", "value"] > 0.9
 
 
-def test_cells_that_tell_permuted_labels_are_caught():
+@pytest.mark.parametrize("apart", [False, True], ids=["among the judged", "from training cells"])
+def test_cells_that_tell_permuted_labels_are_caught(apart):
     """Twins on both sides: the classifier remembers the cell, not the class."""
     held = part(real=0.0, cells=240)
     rng = np.random.default_rng(1)
@@ -138,7 +139,7 @@ def test_cells_that_tell_permuted_labels_are_caught():
     rows = np.arange(240)
     codes = (held.obs["drug"] == "treated").to_numpy(np.intp)
     case = Case(held, PANEL, "P", "features", 2, CONFIG)
-    leaking = [Fit(held, rows, codes, rows, codes)]
+    leaking = [Fit(dataclasses.replace(held) if apart else held, rows, codes, rows, codes)]
     asked = list(controls.permute(case, leaking))
     answers = iter(solve([job for control in asked for job in control.jobs], CONFIG, None, lambda *said: None))
     values = [control.auroc(answers) for control in asked]
@@ -168,6 +169,16 @@ def test_labels_are_traded_on_both_sides_where_classifiers_learn_from_training_c
     table = found.controls.set_index("control")
     assert table["sound"].all()
     assert auroc(found, "predicted") > 0.85
+
+
+def test_the_control_that_fails_is_shown_and_not_a_wider_one_above_it():
+    scores = pd.DataFrame(
+        [{"label": "drug", "backend": "features", "input": "marker mean", "score": "auroc", "value": value, "low": low,
+          "high": 0.8} for value, low in ((0.62, 0.45), (0.60, 0.57), (0.5, 0.5))]
+    )  # fmt: skip
+    table = controls.judge(pd.DataFrame(), scores)
+    assert table["value"].item() == 0.60
+    assert not table["sound"].item()
 
 
 def test_cells_without_a_label_are_counted_and_left_out():

@@ -146,6 +146,15 @@ def test_a_label_that_is_the_group_has_no_honest_split(linear, arrays, write_sto
         plan_folds(run, store, CONFIG)
 
 
+def test_a_stain_that_a_fold_could_not_learn_is_refused_before_any_training(linear, arrays, write_store, tmp_path):
+    images, measured, masks, obs = arrays
+    measured[:, 2] = (obs["group"] == "g2").to_numpy()
+    store = CellStore(write_store(tmp_path / "cells.zarr", images, measured, masks, obs))
+    run = dataclasses.replace(linear, contract=dataclasses.replace(linear.contract, data_hash=store.data_hash))
+    with pytest.raises(InputError, match=r"P2 is measured in no training group of fold \d"):
+        plan_folds(run, store, CONFIG)
+
+
 def test_another_store_cannot_be_refitted(linear, make_store, tmp_path):
     other = CellStore(make_store(tmp_path / "other.zarr", seed=9))
     with pytest.raises(InputError, match="needs the store that trained it"):

@@ -193,7 +193,7 @@ def test_what_cannot_be_predicted_is_refused(run, trained_run, pixels, write_tif
 
 def test_the_api_tells_slides_from_stores(run, toy_path, pixels, write_tiff, tmp_path):
     path = write_tiff(tmp_path / "s.ome.tif", pixels)
-    with pytest.warns(UserWarning, match="on unseen groups"):
+    with pytest.warns(UserWarning, match="on the validation groups"):
         out = api.predict(run, path, tmp_path / "o.ome.zarr", markers=["P2"])
     assert open_ngff(out).channels == ("P2_imputed",)
     with pytest.raises(InputError, match=r"PredictConfig.*tile"):
