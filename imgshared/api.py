@@ -141,7 +141,8 @@ def ensemble(runs: Sequence[Run | PathLike], out: PathLike, *, console: Console 
     members = [_opened_run(run) for run in runs]
     for run in members:
         run.training_store("its validation groups calibrate an ensemble")
-    return _with_trust(load_run(make_ensemble(members, Path(out))), console or Console())
+    console = console or Console()
+    return load_run(make_ensemble(members, Path(out), lambda folder: _with_trust(load_run(folder), console)))
 
 
 def _with_trust(run: Run, console: Console) -> Run:

@@ -51,6 +51,10 @@ KINDS: dict[str, type[Any]] = {
 
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+GOES_ON = {  # after Ctrl-C
+    "train": " The run's last checkpoint is whole: the same command with --resume goes on.",
+    "evaluate": " What is trained and answered is kept: the same command goes on.",
+}
 SETTING = re.compile(r"[A-Za-z_][^/\\=]*=")  # key=value; a path with = in its first part is written ./a=b
 
 
@@ -77,12 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"imgshared: error: cannot write{where}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = (
-            " The run's last checkpoint is whole: the same command with --resume goes on."
-            if arguments.verb == "train"
-            else ""
-        )
-        print(f"\nimgshared: interrupted.{hint}", file=sys.stderr)
+        print(f"\nimgshared: interrupted.{GOES_ON.get(arguments.verb, '')}", file=sys.stderr)
         return 130
     return 0
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from imgshared.types import InputError
 
 CHROMATIN_NAMES = ("dna", "dapi", "hoechst", "hoechst33342", "draq5", "draq", "chromatin", "dna1", "h3")
-IMPUTED, UNCERTAINTY = "_imputed", "_uncertainty"  # ends of the names of channels that a model has predicted
+# Ends of the names of channels that a model has predicted, and of those that say how far to trust them.
+IMPUTED, UNCERTAINTY, ABSTAIN = "_imputed", "_uncertainty", "_abstain"
 
 
 def is_imputed(name: str) -> bool:
-    """Say whether a channel of this name was predicted, or is the uncertainty of one that was: never a measurement."""
-    return name.lower().endswith((IMPUTED, IMPUTED + UNCERTAINTY))
+    """Say whether a channel of this name was predicted, or says how far to trust one that was: never a measurement."""
+    return name.lower().endswith((IMPUTED, IMPUTED + UNCERTAINTY, IMPUTED + ABSTAIN))
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from imgshared.methods.ensemble import Ensemble
@@ -15,10 +15,11 @@ from imgshared.training.folder import begin_run, best_path, changes
 from imgshared.types import InputError
 
 
-def make_ensemble(runs: Sequence[Run], out: Path) -> Path:
+def make_ensemble(runs: Sequence[Run], out: Path, finish: Callable[[Path], object] = lambda folder: None) -> Path:
     """Write a run folder whose model is the ensemble of runs that differ in their seeds alone; beside, then renamed.
 
-    The weights are copied: the members may be removed afterwards.
+    The weights are copied: the members may be removed afterwards. `finish` is called with the folder before it gets its
+    name, to calibrate what is in it.
 
     Raises
     ------
@@ -49,6 +50,7 @@ def make_ensemble(runs: Sequence[Run], out: Path) -> Path:
     (partial / "contract.json").write_text(json.dumps(first.contract.to_dict(), indent=2) + "\n")
     weights = Ensemble([run.method for run in runs]).state_dict()
     save(best_path(partial), {"model": weights}, first.contract)
+    finish(partial)
     partial.rename(out)
     return out
 

@@ -11,7 +11,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from imgshared.data.panel import IMPUTED, UNCERTAINTY
+from imgshared.data.panel import ABSTAIN, IMPUTED, UNCERTAINTY
 from imgshared.data.store import CellStore, put_in_place
 from imgshared.prediction.run import Run
 from imgshared.prediction.types import Floats
@@ -21,8 +21,9 @@ from imgshared.types import InputError
 class OmeFrames:
     """One OME-TIFF an image: cells are frames (T), channels the measured stains and the predicted ones, float32.
 
-    Predicted channels are called ``<marker>_imputed``; on request the half widths of their intervals come along as
-    ``<marker>_imputed_uncertainty``.
+    Predicted channels are called ``<marker>_imputed``. On request the half widths of their intervals come along as
+    ``<marker>_imputed_uncertainty``, and, the same all over a cell's nucleus, ``<marker>_imputed_abstain`` (1: better
+    not predicted) and ``ood_imputed`` (how odd the cell's source is, 0 to 1).
 
     Written beside, into ``<folder>.partial``, and renamed by `finish`; left without it, nothing remains.
 
@@ -39,7 +40,9 @@ class OmeFrames:
         self.store, self.channels = store, run.contract.check(store, ())
         self.folder, self.partial = folder, Path(f"{folder}.partial")
         imputed = [run.panel.markers[t] + IMPUTED for t in targets]
-        self.names = [*run.panel.markers, *imputed, *([name + UNCERTAINTY for name in imputed] if intervals else ())]
+        self.names = [*run.panel.markers, *imputed]
+        if intervals:
+            self.names += [name + end for end in (UNCERTAINTY, ABSTAIN) for name in imputed] + ["ood" + IMPUTED]
         self._images = store.obs["image"].astype(str).to_numpy()
         self._image: str | None = None
         self._frames: list[Floats] = []
@@ -52,8 +55,17 @@ class OmeFrames:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)  # gone already where finished
 
-    def add(self, cells: NDArray[np.integer[Any]], predicted: Floats, intervals: Floats | None = None) -> None:
-        """Append cells, which come image by image in the order of the store."""
+    def add(
+        self,
+        cells: NDArray[np.integer[Any]],
+        predicted: Floats,
+        intervals: Floats | None = None,
+        told: NDArray[np.float64] | None = None,
+    ) -> None:
+        """Append cells, which come image by image in the order of the store; `told` (n, T + 1): abstain, oddness."""
+        shown = [predicted]
+        if intervals is not None and told is not None:
+            shown += [intervals, (told[:, :, None, None] * self.store.masks(cells)[:, None]).astype(np.float32)]
         raw = self.store.images(cells)
         real = np.stack([raw[:, c] if c is not None else np.zeros_like(raw[:, 0]) for c in self.channels], 1)
         images = self._images[cells]
@@ -62,8 +74,7 @@ class OmeFrames:
                 self.flush()
                 self._image = image
             rows = images == image
-            shown = [real, predicted] if intervals is None else [real, predicted, intervals]
-            self._frames.append(np.concatenate([x[rows] for x in shown], 1).astype(np.float32))
+            self._frames.append(np.concatenate([x[rows] for x in (real, *shown)], 1).astype(np.float32))
 
     def finish(self) -> None:
         """Give the folder its name."""

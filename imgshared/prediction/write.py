@@ -136,7 +136,8 @@ def _write(
         for block in blocks:
             writer.append(**block.arrays)
             if frames:
-                frames.add(block.cells, block.arrays["predicted_images"], block.arrays.get("interval_images"))
+                told = None if block.odd is None else np.column_stack([block.layers["abstain"], block.odd])
+                frames.add(block.cells, block.arrays["predicted_images"], block.arrays.get("interval_images"), told)
             kept.append(block._replace(arrays={}))
             done += len(block.cells)
             if progress:

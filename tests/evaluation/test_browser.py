@@ -1,4 +1,5 @@
-"""The report in a real browser: every picture loads, tables sort on a click, nothing sticks out sideways."""
+"""The report in a real browser: every picture loads, tables sort on a click, nothing sticks out sideways, and what is
+printed bears its stamp."""
 
 import json
 import re
@@ -6,6 +7,7 @@ import shutil
 import subprocess
 
 import pytest
+from pypdf import PdfReader
 
 from imgshared.config import EvaluateConfig
 from imgshared.evaluation.evaluate import evaluate
@@ -63,3 +65,28 @@ def test_report_in_a_browser(world, run, tmp_path, width):
     assert falling == sorted(falling, reverse=True)
     assert [float(v) for v in found["rising"] if v] == falling[::-1]
     assert found["said"] == "ascending"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_every_printed_page_bears_the_stamp_above_its_text(world, run, tmp_path):
+    store = world.store(tmp_path / "cells.zarr")
+    done = evaluate(run, store, tmp_path / "out", EvaluateConfig(allow_seen_groups=True), predict=world.predict)
+    paper = tmp_path / "report.pdf"
+    command = [BROWSER, *QUIET.split(), f"--user-data-dir={tmp_path / 'profile'}", "--no-pdf-header-footer"]
+    subprocess.run(
+        [*command, f"--print-to-pdf={paper}", done.report.as_uri()], capture_output=True, timeout=120, check=True
+    )
+    pages = PdfReader(paper).pages
+    assert len(pages) > 3
+    for page in pages:
+        lines: dict[str, float] = {}  # height on the page in points, from its foot
+
+        def keep(text, cm, tm, *_, kept=lines):
+            if text.strip():
+                kept[text] = max(kept.get(text, 0), cm[5] + cm[3] * tm[5])
+
+        page.extract_text(visitor_text=keep)
+        stamps = [text for text in lines if "do not cite: see the" in text]
+        assert len(stamps) == 1
+        stamp = lines.pop(stamps[0])
+        assert stamp > max(lines.values(), default=0) + 8  # in a space of its own

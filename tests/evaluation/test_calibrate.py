@@ -134,9 +134,29 @@ def test_predict_writes_uncertainty_oddness_and_whether_to_abstain(sure, toy, tm
     assert within.mean() > 0.6
     assert found.obsm["interval_images"].shape == found.obsm["predicted_images"].shape
     assert (found.obsm["interval_images"] > 0).all()
-    with tifffile.TiffFile(next((tmp_path / "p.zarr.ome").iterdir())) as file:
+    image = found.obs["image"].astype(str).to_numpy()
+    with tifffile.TiffFile(tmp_path / "p.zarr.ome" / f"{image[0]}.ome.tif") as file:
         assert "P1_imputed_uncertainty" in file.ome_metadata
-        assert file.series[0].shape[1] == 3 + 2 * 2
+        assert "P2_imputed_abstain" in file.ome_metadata
+        assert "ood_imputed" in file.ome_metadata
+        frames = file.asarray()
+    assert frames.shape[1] == 3 + 2 * 3 + 1
+    cells = np.flatnonzero(image == image[0])
+    inside = toy.masks(cells)
+    for channel, values in ((7, found.layers["abstain"][cells, 0]), (9, found.obs["ood"].to_numpy()[cells])):
+        np.testing.assert_allclose(frames[:, channel], values[:, None, None] * inside, rtol=1e-6)
+
+
+def test_a_stain_that_no_calibration_cell_showed_is_never_vouched_for(sure):
+    trust = load_trust(sure.path)
+    half = trust.pixel_half.copy()
+    half[2] = np.nan
+    unknown = dataclasses.replace(trust, pixel_half=half, limit=np.full(3, np.inf, np.float32))
+    widths = unknown.half_widths(np.full((4, 2, 2), 0.3, np.float32), 2).mean((1, 2))
+    assert unknown.abstain(widths, np.zeros(4), 2).all()
+    assert not unknown.abstain(
+        unknown.half_widths(np.full((4, 2, 2), 0.3, np.float32), 1).mean((1, 2)), np.zeros(4), 1
+    ).any()
 
 
 def test_other_sources_are_not_calibrated(trained_run, toy, tmp_path):

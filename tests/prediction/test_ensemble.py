@@ -126,6 +126,19 @@ def test_the_training_seed_leaves_groups_and_normaliser_as_they_are(plan, tiny, 
     assert api.train(other, out=tmp_path / "other", console=QUIET).split != runs[0].split
 
 
+def test_one_whose_calibration_was_interrupted_is_made_again(members, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "calibrate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            api.ensemble(members, tmp_path / "both", console=QUIET)
+    assert not (tmp_path / "both").exists()
+    again = api.ensemble(members, tmp_path / "both", console=QUIET)
+    assert load_trust(again.path) is not None
+
+
 def test_a_full_disk_leaves_no_half_of_one(members, tmp_path, monkeypatch):
     def full(*_):
         raise InputError("cannot write the checkpoint")
