@@ -19,6 +19,7 @@ from imgshared.data.store import CellStore
 from imgshared.evaluation import checks, coverage, fidelity, figure_data, imputability, morphology, verdict
 from imgshared.evaluation.classify import classify
 from imgshared.evaluation.collect import Part, Predict, Progress
+from imgshared.evaluation.kept import Keeper
 from imgshared.evaluation.labels import read_label
 from imgshared.evaluation.probes import probe
 from imgshared.evaluation.refit import nested
@@ -142,7 +143,12 @@ def evaluate(
     """
     say = progress or (lambda what, done, total: None)
     out = Path(out)
-    looked = nested(run, store, out, config, say) if config.refit else study(run, store, config, predict, say)
+    keeper = Keeper(out / "cache" if predict is predict_cells else None)
+    if config.refit:
+        looked = nested(run, store, out, config, say, keeper)
+    else:
+        looked = study(run, store, config, predict, say, keeper)
+    keeper.tidy()
     tables, probabilities, notes = _judge(looked, out / "cache", say)
     notes = [*_told_of(run, looked), *notes]
     summary = verdict.sentences(tables["stains"], tables["labels"], run.panel.chromatin)

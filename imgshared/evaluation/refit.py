@@ -20,6 +20,7 @@ from imgshared.data.split import Split, column, make_split
 from imgshared.data.store import CellStore
 from imgshared.evaluation.collect import Progress
 from imgshared.evaluation.guard import cohort, shared_groups
+from imgshared.evaluation.kept import Keeper
 from imgshared.evaluation.labels import read_label
 from imgshared.evaluation.study import Study, check_columns, joined, look
 from imgshared.prediction import Run, load_run, predict_cells
@@ -118,7 +119,7 @@ def await_folds(out: Path, folds: int) -> None:
         time.sleep(POLL_S)
 
 
-def nested(run: Run, store: CellStore, out: Path, config: EvaluateConfig, say: Progress) -> Study:
+def nested(run: Run, store: CellStore, out: Path, config: EvaluateConfig, say: Progress, keeper: Keeper) -> Study:
     """Look at every group's cells through the imputer of its fold.
 
     Raises
@@ -131,7 +132,8 @@ def nested(run: Run, store: CellStore, out: Path, config: EvaluateConfig, say: P
     for k, split in enumerate(plan_folds(run, store, config), 1):
         imputer = load_run(_folder(out, k))
         _refuse_other(imputer, _experiment(run, split), store)
-        looks.append(look(imputer, store, cohort(imputer, store, config), config, predict_cells, say, f"fold {k}: "))
+        who = cohort(imputer, store, config)
+        looks.append(look(imputer, store, who, config, predict_cells, say, keeper, f"fold {k}: "))
     return joined(store, config, looks)
 
 

@@ -65,7 +65,7 @@ def solve(jobs: Sequence[Job], config: EvaluateConfig, cache: Path | None, say: 
         training = cnn.Training(config.cnn, config.cnn_steps, config.seed)
         cnn.fit_networks([wanted[name] for name in networks], training, done=learnt, say=heard)
     if cache is not None and cache.exists():
-        for path in cache.iterdir():
+        for path in (*cache.glob("*.npy"), *cache.glob("*.partial")):
             if path.stem not in known:
                 path.unlink()
     return [known[name] for name in names]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from imgshared.evaluation.collect import Part, Predict, Progress, collect, join
 from imgshared.evaluation.floors import Floors
 from imgshared.evaluation.given import images_to_judge
 from imgshared.evaluation.guard import Cohort, cohort
+from imgshared.evaluation.kept import Keeper, name_of
 from imgshared.evaluation.labels import (
     check_values,
     grouped_folds,
@@ -146,7 +147,7 @@ class Study:
         )
 
 
-def study(run: Run, store: CellStore, config: EvaluateConfig, predict: Predict, say: Progress) -> Study:
+def study(run: Run, store: CellStore, config: EvaluateConfig, predict: Predict, say: Progress, keeper: Keeper) -> Study:
     """Look at the held-out cells of one imputer.
 
     Raises
@@ -161,7 +162,7 @@ def study(run: Run, store: CellStore, config: EvaluateConfig, predict: Predict, 
         enough = held[config.fold or config.group].nunique() >= config.folds
         config = dataclasses.replace(config, train_on="test" if enough else "train")
     _check_labels(held, who.source.obs.iloc[who.train], config)
-    looked = look(run, store, who, config, predict, say)
+    looked = look(run, store, who, config, predict, say, keeper)
     return Study(store, config, [looked], looked.test)
 
 
@@ -171,9 +172,16 @@ def joined(store: CellStore, config: EvaluateConfig, looks: Sequence[Look]) -> S
 
 
 def look(
-    run: Run, store: CellStore, who: Cohort, config: EvaluateConfig, predict: Predict, say: Progress, what: str = ""
+    run: Run,
+    store: CellStore,
+    who: Cohort,
+    config: EvaluateConfig,
+    predict: Predict,
+    say: Progress,
+    keeper: Keeper,
+    what: str = "",
 ) -> Look:
-    """Predict training cells, for the floors, and those to judge."""
+    """Predict training cells, for the floors, and those to judge, or take what `keeper` has kept of them."""
     panel = run.panel
     bound = [c for c in run.method.sources or () if c != panel.chromatin_index]
     on_train = config.train_on == "train"
@@ -186,21 +194,28 @@ def look(
     radius = typical_radius(who.source.masks(train_cells)) if by_features else None
     cnn = bool(config.labels) and "cnn" in config.classifiers
     shown = images_to_judge(predict, run, store, config)
-    floors = Floors(len(panel), panel.chromatin_index, seed=config.seed)
-    bright = Bright(len(panel), seed=config.seed)
-    train = collect(
-        partial(_predict, partial(shown, run, who.source), bound), who.source, panel, train_cells,
-        fit=floors, bright=bright, features=radius if on_train else None, crops=cnn and on_train,
-        progress=partial(say, f"{what}training cells"),
-    )  # fmt: skip
     own = not (config.sharp or config.predictions)  # calibrated were the mean predictions
     trust = load_trust(run.path) if own else None
     make = partial(_predict, partial(shown, run, store), bound)
-    test = collect(
-        make, store, panel, test_cells,
-        against=floors, bright=bright, trust=partial(coverage.compare, run, trust) if trust else None,
-        features=radius, crops=cnn, progress=partial(say, f"{what}held-out cells"),
-    )  # fmt: skip
+
+    def collected() -> Iterator[Part]:
+        floors = Floors(len(panel), panel.chromatin_index, seed=config.seed)
+        bright = Bright(len(panel), seed=config.seed)
+        yield collect(
+            partial(_predict, partial(shown, run, who.source), bound), who.source, panel, train_cells,
+            fit=floors, bright=bright, features=radius if on_train else None, crops=cnn and on_train,
+            progress=partial(say, f"{what}training cells"),
+        )  # fmt: skip
+        yield collect(
+            make, store, panel, test_cells,
+            against=floors, bright=bright, trust=partial(coverage.compare, run, trust) if trust else None,
+            features=radius, crops=cnn, progress=partial(say, f"{what}held-out cells"),
+        )  # fmt: skip
+
+    cells = [train_cells, test_cells]
+    key = name_of(run, [who.source, store], cells, config, [on_train, radius, cnn])
+    parts = {f"{key}_train": (who.source, train_cells), f"{key}_test": (store, test_cells)}
+    train, test = keeper.get(parts) or keeper.put(parts, collected())
     if test.fidelity.empty:
         raise InputError(f"{store.path}: no protein of the model is measured in any held-out cell: nothing to judge")
     groups = test.obs[config.group].astype(str).to_numpy()
