@@ -143,12 +143,13 @@ def evaluate(
     """
     say = progress or (lambda what, done, total: None)
     out = Path(out)
-    keeper = Keeper(out / "cache" if predict is predict_cells else None)
+    keeper = Keeper(out / "cache") if predict is predict_cells else None  # of others it does not know what they are
     if config.refit:
         looked = nested(run, store, out, config, say, keeper)
     else:
         looked = study(run, store, config, predict, say, keeper)
-    keeper.tidy()
+    if keeper:
+        keeper.tidy()
     tables, probabilities, notes = _judge(looked, out / "cache", say)
     notes = [*_told_of(run, looked), *notes]
     summary = verdict.sentences(tables["stains"], tables["labels"], run.panel.chromatin)

@@ -36,14 +36,12 @@ class Keeper:
     Pictures for networks are not kept: they are large, and quick to make beside the training that they are for.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder, self._asked = folder, set[str]()
 
     def get(self, parts: Mapping[str, tuple[CellStore, Any]]) -> list[Part] | None:
         """Return the parts of these names, each of some cells of a store; None unless all are there and whole."""
         self._asked |= set(parts)
-        if self._folder is None:
-            return None
         try:
             return [_read(self._folder / f"{name}.npz", *cells) for name, cells in parts.items()]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -54,7 +52,7 @@ class Keeper:
         found = []
         for name, part in zip(names, parts, strict=True):
             found.append(part)
-            if self._folder is None or part.crops:
+            if part.crops:
                 continue
             self._folder.mkdir(parents=True, exist_ok=True)
             beside = self._folder / f"{name}.partial"
@@ -65,7 +63,7 @@ class Keeper:
 
     def tidy(self) -> None:
         """Remove what this evaluation did not ask for."""
-        for path in self._folder.glob("look_*") if self._folder is not None else ():
+        for path in self._folder.glob("look_*"):
             if path.stem not in self._asked:
                 path.unlink()
 

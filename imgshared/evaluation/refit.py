@@ -119,7 +119,9 @@ def await_folds(out: Path, folds: int) -> None:
         time.sleep(POLL_S)
 
 
-def nested(run: Run, store: CellStore, out: Path, config: EvaluateConfig, say: Progress, keeper: Keeper) -> Study:
+def nested(
+    run: Run, store: CellStore, out: Path, config: EvaluateConfig, say: Progress, keeper: Keeper | None
+) -> Study:
     """Look at every group's cells through the imputer of its fold.
 
     Raises

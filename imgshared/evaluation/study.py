@@ -147,7 +147,9 @@ class Study:
         )
 
 
-def study(run: Run, store: CellStore, config: EvaluateConfig, predict: Predict, say: Progress, keeper: Keeper) -> Study:
+def study(
+    run: Run, store: CellStore, config: EvaluateConfig, predict: Predict, say: Progress, keeper: Keeper | None
+) -> Study:
     """Look at the held-out cells of one imputer.
 
     Raises
@@ -178,10 +180,10 @@ def look(
     config: EvaluateConfig,
     predict: Predict,
     say: Progress,
-    keeper: Keeper,
+    keeper: Keeper | None,
     what: str = "",
 ) -> Look:
-    """Predict training cells, for the floors, and those to judge, or take what `keeper` has kept of them."""
+    """Predict training cells, for the floors, and those to judge, or take what `keeper` (if any) has kept of them."""
     panel = run.panel
     bound = [c for c in run.method.sources or () if c != panel.chromatin_index]
     on_train = config.train_on == "train"
@@ -212,10 +214,12 @@ def look(
             features=radius, crops=cnn, progress=partial(say, f"{what}held-out cells"),
         )  # fmt: skip
 
-    cells = [train_cells, test_cells]
-    key = name_of(run, [who.source, store], cells, config, [on_train, radius, cnn])
-    parts = {f"{key}_train": (who.source, train_cells), f"{key}_test": (store, test_cells)}
-    train, test = keeper.get(parts) or keeper.put(parts, collected())
+    if keeper is None:
+        train, test = collected()
+    else:
+        key = name_of(run, [who.source, store], [train_cells, test_cells], config, [on_train, radius, cnn])
+        parts = {f"{key}_train": (who.source, train_cells), f"{key}_test": (store, test_cells)}
+        train, test = keeper.get(parts) or keeper.put(parts, collected())
     if test.fidelity.empty:
         raise InputError(f"{store.path}: no protein of the model is measured in any held-out cell: nothing to judge")
     groups = test.obs[config.group].astype(str).to_numpy()
