@@ -210,6 +210,8 @@ def kappa(groups: ArrayLike, one: ArrayLike, other: ArrayLike) -> Statistic:
 def auroc(groups: ArrayLike, truth: ArrayLike, probabilities: ArrayLike) -> Statistic:
     """Area under the ROC curve; macro one-versus-rest where there are more than two classes. Chance is 0.5.
 
+    Classes without a cell have no curve, and no say in the mean.
+
     Parameters
     ----------
     groups
@@ -221,12 +223,12 @@ def auroc(groups: ArrayLike, truth: ArrayLike, probabilities: ArrayLike) -> Stat
     """
     codes, scores = np.asarray(truth), np.asarray(probabilities, np.float64)
     classes = [1] if scores.shape[1] == 2 else list(range(scores.shape[1]))
-    each = [_binary_auroc(groups, codes == k, scores[:, k]) for k in classes]
+    each = [_binary_auroc(groups, codes == k, scores[:, k]) for k in classes if 0 < (codes == k).sum() < len(codes)]
 
     def statistic(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-        values = np.stack([one(counts) for one in each])
-        known = np.isfinite(values)  # a class that is absent, or alone, has no curve
-        return _ratio(np.where(known, values, 0).sum(0), known.sum(0))
+        if not each:
+            return np.full(len(counts), np.nan)
+        return np.asarray(np.mean([one(counts) for one in each], 0))  # NaN where a class is lost with its group
 
     return statistic
 

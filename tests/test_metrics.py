@@ -183,6 +183,9 @@ def test_constants_are_nan():
     groups = np.arange(10)
     assert np.isnan(value(groups, metrics.correlation(groups, np.ones(10), np.arange(10.0))))
     assert np.isnan(value(groups, metrics.auroc(groups, np.zeros(10, int), np.full((10, 2), 0.5))))
+    three = np.where(groups == groups[-1], 2, np.arange(10) % 2)  # a class that one group alone holds
+    found = metrics.estimate(groups, metrics.auroc(groups, three, np.eye(3)[three]), metrics.SHARE)
+    assert (found.value, found.low, found.high) == (1, 0, 1)
 
 
 def test_counts_are_of_whole_groups():
