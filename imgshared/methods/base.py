@@ -157,6 +157,10 @@ class Method(nn.Module, ABC):
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
         """Predict the `targets` (channels) from the stains that `measured` marks, and from nothing else."""
 
+    def doubts(self, measured: Tensor) -> list[str]:
+        """Return what a user should know before a training on cells that show these stains (N, C): a sentence each."""
+        return []
+
     def signs(self, values: Mapping[str, float]) -> list[str]:
         """Return what a user should know of the mean loss terms of the last epoch: one sentence a trouble."""
         return []

@@ -139,6 +139,19 @@ class Translator(MapMethod):
                 "cell does: set it to false"
             )
 
+    def doubts(self, measured: Tensor) -> list[str]:
+        """Name the stains that no cell shows beside another one, where others are learnt from such cells."""
+        beside = measured[measured.sum(1) > 1].any(0)
+        alone = [
+            m for m, met, shown in zip(self.panel.markers, beside, measured.any(0), strict=True) if shown and not met
+        ]
+        if not beside.any() or not alone:
+            return []
+        return [
+            f"{', '.join(alone)}: no training cell shows it beside another stain, so that cross teaches nothing of how "
+            "to predict it; patch_nce, cycle and adversarial can, as in configs/translator_unpaired.yaml"
+        ]
+
     def loss(self, batch: Batch, player: str) -> LossTerms:
         """Return the weighted terms of the generator, or the discriminator's loss on the same translations."""
         return self._discriminator_loss(batch) if player == "discriminator" else self._generator_loss(batch)

@@ -302,6 +302,7 @@ class Trainer:
         for marker, count in zip(self.contract.panel.markers, counts, strict=True):
             if count < FEW_CELLS:
                 yield f"[yellow]note:[/] {marker} is measured in {count} training cells alone: expect little of it"
+        yield from (f"[yellow]note:[/] {doubt}" for doubt in self.method.doubts(self._stained))
 
     def _watch(self) -> Watch:
         """Choose cells all over the held-out ones (else the training ones); the same in every run of the same split."""

@@ -50,6 +50,16 @@ def test_terms_of_pairs_are_refused_without_pairs(term: str) -> None:
         make({**weighing(adversarial=1.0), "discriminator_sees_source": True}, measured=UNPAIRED)
 
 
+def test_a_stain_that_meets_no_other_is_named_where_others_do() -> None:
+    both, alone = [[True, True, False]] * 3, [[False, False, True]] * 2
+    method, _ = make(weighing(cross=1.0))
+    (said,) = method.doubts(torch.tensor(both + alone))
+    assert said.startswith("P2: no training cell shows it beside another stain")
+    assert method.doubts(torch.tensor(both)) == []
+    assert method.doubts(torch.tensor([*both, *alone, [True, False, True]])) == []
+    assert method.doubts(torch.tensor([[True, False, False], *alone])) == []  # nothing is paired: refused elsewhere
+
+
 def test_what_is_paired_shows_chromatin_and_another_stain() -> None:
     apart = torch.tensor([[True, False, True]] * 5 + [[False, True, False]] * 5)  # proteins together, DNA alone
     method, batch = make(weighing(cross=1.0, agreement=1.0), measured=apart)
