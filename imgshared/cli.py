@@ -53,7 +53,7 @@ KINDS: dict[str, type[Any]] = {
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 GOES_ON = {  # after Ctrl-C
     "train": " The run's last checkpoint is whole: the same command with --resume goes on.",
-    "evaluate": " What is trained and answered is kept: the same command goes on.",
+    "evaluate": " The same command goes on with the folds and classifiers that are done.",
 }
 SETTING = re.compile(r"[A-Za-z_][^/\\=]*=")  # key=value; a path with = in its first part is written ./a=b
 

@@ -180,7 +180,7 @@ def collect(
         _keep_means(part, store, panel, floors, features)
     if floors is not None and crops:
         for marker, images in _pictures(panel, floors, len(cells)):
-            part.crops[marker, MEAN] = images.astype(np.float16)
+            part.crops[marker, MEAN] = np.broadcast_to(images[0].astype(np.float16), images.shape)
     return part
 
 

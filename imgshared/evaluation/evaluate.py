@@ -143,7 +143,8 @@ def evaluate(
     """
     say = progress or (lambda what, done, total: None)
     out = Path(out)
-    keeper = Keeper(out / "cache") if predict is predict_cells else None  # of others it does not know what they are
+    own = predict is predict_cells and config.predictions is None  # of others it is not known what they depend on
+    keeper = Keeper(out / "cache") if own else None
     if config.refit:
         looked = nested(run, store, out, config, say, keeper)
     else:

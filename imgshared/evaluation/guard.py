@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,8 @@ def cohort(run: Run, store: CellStore, config: EvaluateConfig) -> Cohort:
             f"{len(known)} of the {len(np.unique(values[judged]))} values of {run.split.by} that are judged have "
             f"trained the model or chosen its checkpoint ({_some(known)})"
         )
-    known_to, doubts = _trained(run, store, config)
-    leaks += shared_groups(known_to, store.obs[judged & ~seen], config)
+    elsewhere, doubts = _trained(run, store, config)
+    leaks += shared_groups([store.obs[seen], *elsewhere], store.obs[judged & ~seen], config)
     foreign, unknown = _author(run, store, judged, config)
     why = f"{store.path} holds no group that trained the run, and the floors need some; give a store with both"
     source = store if (parts == "train").any() else run.training_store(why)
@@ -83,23 +84,25 @@ def cohort(run: Run, store: CellStore, config: EvaluateConfig) -> Cohort:
     return Cohort(source, train, np.flatnonzero(judged), leaks, [*_scaled(store), *doubts, *unknown])
 
 
-def _trained(run: Run, store: CellStore, config: EvaluateConfig) -> tuple[pd.DataFrame, list[str]]:
-    """Return obs of the cells that the model has seen, in the store that trained it where that is there; cautions."""
-    known, doubts = store, []
+def _trained(run: Run, store: CellStore, config: EvaluateConfig) -> tuple[list[pd.DataFrame], list[str]]:
+    """Return obs of the cells that the model has seen in the store that trained it, where that is another; cautions."""
     others = [name for name in dict.fromkeys((config.group, "group")) if name != run.split.by]
-    if others and store.data_hash != run.contract.data_hash:
-        try:
-            known = run.training_store("")
-        except InputError:
-            doubts = [
-                f"the store that trained the model is not there, so whether it has seen a {name} that is judged, in "
-                f"another {run.split.by}, is not known"
-                for name in others
-            ]
-    return known.obs[np.isin(run.split.assign(known.obs), ("train", "val"))], doubts
+    if not others or store.data_hash == run.contract.data_hash:
+        return [], []
+    try:
+        obs = run.training_store("").obs
+    except InputError:
+        obs = None
+    doubts = [
+        f"whether the model has seen a {name} that is judged, in another {run.split.by}, is not known: the store that "
+        f"trained it {'has changed or is not there' if obs is None else f'has no column {name!r}'}"
+        for name in others
+        if obs is None or name not in obs
+    ]
+    return ([] if obs is None else [obs[np.isin(run.split.assign(obs), ("train", "val"))]]), doubts
 
 
-def shared_groups(seen: pd.DataFrame, judged: pd.DataFrame, config: EvaluateConfig) -> list[str]:
+def shared_groups(seen: Sequence[pd.DataFrame], judged: pd.DataFrame, config: EvaluateConfig) -> list[str]:
     """Find groups with cells on both sides of a split, as where it was split by image or by well; by obs of both.
 
     Raises
@@ -109,10 +112,10 @@ def shared_groups(seen: pd.DataFrame, judged: pd.DataFrame, config: EvaluateConf
     """
     leaks = []
     for name in dict.fromkeys((config.group, "group")):
-        if name not in seen:  # the store that trained the model has no such column
-            continue
-        both = np.intersect1d(seen[name].astype(str), column(judged, name).astype(str))
-        if not len(both):
+        units = column(judged, name).astype(str)
+        known = {unit for obs in seen if name in obs for unit in obs[name].astype(str)}
+        both = sorted(known & set(units))
+        if not both:
             continue
         leaks.append(f"{name} {both[0]!r} has cells on both sides of the run's split ({len(both)} in all)")
         if not config.allow_seen_groups:

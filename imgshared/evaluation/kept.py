@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
@@ -33,7 +32,7 @@ LIBRARIES = ("numpy", "scipy", "scikit-image", "torch")
 class Keeper:
     """Parts in a folder, one file each; what is not asked for before `tidy` is removed there.
 
-    Pictures for networks are not kept: they are large, and quick to make beside the training that they are for.
+    Not for parts with crops for networks: they are large, and quick to make beside the training that they are for.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,8 +51,6 @@ class Keeper:
         found = []
         for name, part in zip(names, parts, strict=True):
             found.append(part)
-            if part.crops:
-                continue
             self._folder.mkdir(parents=True, exist_ok=True)
             beside = self._folder / f"{name}.partial"
             with beside.open("wb") as file:
@@ -71,11 +68,10 @@ class Keeper:
 def name_of(run: Run, stores: list[CellStore], cells: list[Any], config: EvaluateConfig, more: list[Any]) -> str:
     """Name a look by all that it depends on: code, libraries, weights, calibration, cells and settings."""
     said = hashlib.blake2b(_code().encode(), digest_size=16)
-    given = None
-    if config.predictions is not None:  # of another tool they may have no hash: then no two are the same
-        given = CellStore(config.predictions).info.get("data_hash") or uuid.uuid4().hex
-    about = [run.fabric.device.type, config.sharp, given, config.seed, *more]
-    about += [store.data_hash for store in stores]
+    about = [run.fabric.device.type, config.sharp, config.seed, *more]
+    for store in stores:  # its hash is of crops and masks: what they are called, and which count, can change
+        about += [store.data_hash, store.panel.markers, store.panel.chromatin]
+        said.update(np.ascontiguousarray(store.measured).tobytes())
     said.update(json.dumps(about, default=str).encode())
     for file in (run.checkpoint, run.path / "config.yaml", run.path / "contract.json", run.path / TRUST):
         said.update(hashlib.blake2b(file.read_bytes() if file.is_file() else b"none").digest())

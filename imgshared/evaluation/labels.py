@@ -124,8 +124,8 @@ def refuse_untaught(label: Label, train: pd.DataFrame) -> None:
         if name not in taught:
             raise InputError(
                 f"label {label.name!r}: class {name!r} is in no training group of the run, so that no classifier could "
-                "learn it there: no honest split exists. Hold out other groups, let classifiers learn among the "
-                "held-out ones (train_on=test), or choose another label"
+                "learn it there: with these groups no honest split exists. Hold out others, let classifiers learn "
+                "among the held-out ones (train_on=test), or choose another label"
             )
 
 
@@ -171,7 +171,9 @@ def permuted(
         new = np.empty_like(codes)
         for g, other in enumerate(rng.permutation(len(names))):
             new[rows[g]] = codes[rng.choice(rows[other], len(rows[g]))]
-        if len(np.unique(new)) == len(np.unique(codes)):
+        if all(
+            set(new[view]) == set(codes[view]) for view in views
+        ):  # a view of one class would tell least, and nothing
             drawn.append(new)
     return sorted(drawn, key=lambda new: max(float(mutual_info_score(codes[v], new[v])) for v in views))[:count]
 

@@ -9,7 +9,7 @@ Inputs are given by the same cells, so that every score compares with every othe
 ``real → predicted``               learnt from real, tested on predicted stains, and the reverse: are they exchangeable?
 ``swapped within label``, ``swapped``  the prediction of another cell of the same class, or of any cell: what is left
                                    when a prediction is not of its own cell
-``marker mean``                    one picture for all cells, by features: must be at chance
+``marker mean``                    one picture for all cells: must be at chance
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
+from imgshared.build import build_measured
 from imgshared.config import EvaluateConfig, Experiment
 from imgshared.data.split import Split, column, make_split
 from imgshared.data.store import CellStore
@@ -70,7 +71,7 @@ def plan_folds(run: Run, store: CellStore, config: EvaluateConfig) -> list[Split
             store.obs, by=wish.by, val=inner, test=test, stratify=wish.stratify, seed=wish.seed + len(folds)
         )
         train_or_inner, held_out = (np.isin(values, names) for names in ((*split.train, *split.val), test))
-        shared_groups(store.obs[train_or_inner], store.obs[held_out], config)
+        shared_groups([store.obs[train_or_inner]], store.obs[held_out], config)
         _refuse_unstained(run, store, np.isin(values, split.train), len(folds) + 1)
         for name in config.labels:
             _refuse_lacking(store, name, config, np.isin(values, split.train), rest, len(folds) + 1)
@@ -164,7 +165,7 @@ def _folder(out: Path, k: int) -> Path:
 
 def _refuse_unstained(run: Run, store: CellStore, train: NDArray[np.bool_], k: int) -> None:
     """Refuse a marker that no training group of a fold shows: its imputer could not be trained."""
-    shown = store.measured[train][:, store.panel.indices(run.panel.markers)].any(0)
+    shown = build_measured(run.experiment, store, run.panel)[train].any(0)
     for marker in np.asarray(run.panel.markers)[~shown]:
         raise InputError(
             f"{marker} is measured in no training group of fold {k}, so that no model could learn it: use fewer "

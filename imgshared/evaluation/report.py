@@ -96,7 +96,6 @@ def write_report(shown: Shown, path: Path) -> Path:
         maps=_maps(shown),
         curves=figures.training_curves(found["training"]),
         nested=shown.study.nested,
-        leaks=shown.study.leaks,
         methods=words.methods(shown.run, shown.study),
         provenance=_provenance(shown),
         config=dump(shown.config),

@@ -214,10 +214,10 @@ def look(
             features=radius, crops=cnn, progress=partial(say, f"{what}held-out cells"),
         )  # fmt: skip
 
-    if keeper is None:
+    if keeper is None or cnn:
         train, test = collected()
     else:
-        key = name_of(run, [who.source, store], [train_cells, test_cells], config, [on_train, radius, cnn])
+        key = name_of(run, [who.source, store], [train_cells, test_cells], config, [on_train, radius])
         parts = {f"{key}_train": (who.source, train_cells), f"{key}_test": (store, test_cells)}
         train, test = keeper.get(parts) or keeper.put(parts, collected())
     if test.fidelity.empty:

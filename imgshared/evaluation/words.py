@@ -12,7 +12,7 @@ from imgshared.evaluation.study import Study
 from imgshared.evaluation.verdict import stamps
 from imgshared.prediction import Run
 
-NAMED = 24  # groups in a sentence; all of them stand under provenance
+NAMED = 24  # groups in a sentence; those of the run's split all stand under provenance
 
 
 def methods(run: Run, study: Study) -> str:
@@ -74,7 +74,7 @@ def _split(study: Study) -> Iterator[str]:
         parts.append(f"{_named(judged)} ({len(one.cohort.judged):,}) judged")
         yield (f"Fold {k}: of {by}, " if study.nested else f"Of {by}, ") + "; ".join(parts) + "."
     if study.leaks:
-        yield "So the model had seen some of what it was judged by."
+        yield f"This leaks: {'; '.join(study.leaks)}."
 
 
 def _named(names: Sequence[str]) -> str:

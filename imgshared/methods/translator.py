@@ -140,7 +140,10 @@ class Translator(MapMethod):
             )
 
     def doubts(self, measured: Tensor) -> list[str]:
-        """Name the stains that no cell shows beside another one, where others are learnt from such cells."""
+        """Name the stains that no cell shows beside another one, where others are learnt from such cells alone."""
+        w = self.weights
+        if not w.cross or w.patch_nce or w.cycle:
+            return []
         beside = measured[measured.sum(1) > 1].any(0)
         alone = [
             m for m, met, shown in zip(self.panel.markers, beside, measured.any(0), strict=True) if shown and not met
@@ -148,8 +151,9 @@ class Translator(MapMethod):
         if not beside.any() or not alone:
             return []
         return [
-            f"{', '.join(alone)}: no training cell shows it beside another stain, so that cross teaches nothing of how "
-            "to predict it; patch_nce, cycle and adversarial can, as in configs/translator_unpaired.yaml"
+            f"{marker}: no training cell shows it beside another stain, so that cross teaches nothing of how to "
+            "predict it; patch_nce, cycle and adversarial can, as in configs/translator_unpaired.yaml"
+            for marker in alone
         ]
 
     def loss(self, batch: Batch, player: str) -> LossTerms:

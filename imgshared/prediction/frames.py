@@ -22,7 +22,7 @@ class OmeFrames:
     """One OME-TIFF an image: cells are frames (T), channels the measured stains and the predicted ones, float32.
 
     Predicted channels are called ``<marker>_imputed``. On request the half widths of their intervals come along as
-    ``<marker>_imputed_uncertainty``, and, the same all over a cell's nucleus, ``<marker>_imputed_abstain`` (1: better
+    ``<marker>_imputed_uncertainty``, and, the same all over a cell's mask, ``<marker>_imputed_abstain`` (1: better
     not predicted) and ``ood_imputed`` (how odd the cell's source is, 0 to 1).
 
     Written beside, into ``<folder>.partial``, and renamed by `finish`; left without it, nothing remains.

@@ -125,7 +125,11 @@ def test_a_donor_whose_other_wells_trained_the_model_in_another_store(trained_ru
     assert stamped(leaking)
     assert "donor 'g0' has cells on both sides of the run's split (4 in all)" in leaking.leaks[0]
     new.obs["donor"] = ["another " + d for d in new.obs["donor"]]
-    assert not evaluate(run, new, tmp_path / "out", config).leaks
+    honest = evaluate(run, new, tmp_path / "out", config)
+    assert honest.leaks == honest.cautions == []
+    del trained.obs["donor"]
+    unknown = evaluate(run, new, tmp_path / "out", config)
+    assert "has no column 'donor'" in unknown.cautions[0]
 
 
 @pytest.mark.parametrize("where", ["train", "test"])

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from imgshared import api
+from imgshared.data.store import CellStore
 from imgshared.evaluation import study
 from imgshared.prediction import load_run
 
@@ -32,6 +33,7 @@ def looked(monkeypatch):
 def test_another_label_is_judged_without_looking_again_and_as_if_it_had_been(trained_run, toy, tmp_path, looked):
     first = api.evaluate(trained_run, toy, tmp_path / "out", labels=["label"], train_on="train")
     assert len(looked) == 2
+    toy = CellStore(toy.path)
     toy.obs["arm"] = np.where(np.arange(len(toy)) % 2, "a", "b")
     wish = {"labels": ["arm", "label"], "factors": ["size"], "train_on": "train"}
     again = api.evaluate(trained_run, toy, tmp_path / "out", **wish)
@@ -42,7 +44,6 @@ def test_another_label_is_judged_without_looking_again_and_as_if_it_had_been(tra
     for name in ("cells", "features", "effects", "latent_maps", "contradictions", "pictures"):
         pd.testing.assert_frame_equal(getattr(again, name), getattr(fresh, name))
     assert first.metrics["fidelity"] == again.metrics["fidelity"]
-    del toy.obs["arm"]
 
 
 def test_what_it_depends_on_is_looked_at_again(trained_run, toy, tmp_path, looked):
@@ -61,6 +62,10 @@ def test_what_it_depends_on_is_looked_at_again(trained_run, toy, tmp_path, looke
     other = load_run(run.path, checkpoint="last")
     api.evaluate(other, toy, out, seed=1)
     assert len(looked) == 8
+    fewer = CellStore(toy.path)
+    fewer.measured[np.flatnonzero(fewer.measured[:, 2])[-2:], 2] = False  # out of focus, say
+    api.evaluate(other, fewer, out, seed=1)
+    assert len(looked) == 10
 
 
 def test_an_interrupted_nested_study_keeps_the_folds_it_has_looked_at(tiny, toy, tmp_path, looked, monkeypatch):

@@ -116,6 +116,15 @@ def test_traded_labels_keep_groups_and_tell_little_of_the_truth():
     assert permuted(np.zeros(240, np.intp), groups, 5, 0)[0].sum() == 0
 
 
+def test_no_side_is_left_with_one_class_by_a_trade():
+    """It would tell least of the truth, and no classifier could be judged by it."""
+    groups = np.repeat(np.arange(8), 20)
+    codes, held = (groups % 2).astype(np.intp), groups >= 6
+    drawn = permuted(codes, groups, 10, 0, [held, ~held])
+    assert len(drawn) == 10
+    assert all(len(set(new[held])) == len(set(new[~held])) == 2 for new in drawn)
+
+
 def test_controls_of_a_sound_study_are_at_chance():
     found = classify(part(), (), PANEL, CONFIG)
     table = found.controls.set_index("control")

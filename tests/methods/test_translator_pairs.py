@@ -56,6 +56,7 @@ def test_a_stain_that_meets_no_other_is_named_where_others_do() -> None:
     (said,) = method.doubts(torch.tensor(both + alone))
     assert said.startswith("P2: no training cell shows it beside another stain")
     assert method.doubts(torch.tensor(both)) == []
+    assert make(weighing(cross=1.0, patch_nce=1.0))[0].doubts(torch.tensor(both + alone)) == []
     assert method.doubts(torch.tensor([*both, *alone, [True, False, True]])) == []
     assert method.doubts(torch.tensor([[True, False, False], *alone])) == []  # nothing is paired: refused elsewhere
 
