@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 import imgshared
 from imgshared.config import EvaluateConfig
@@ -87,7 +86,7 @@ def _code() -> str:
     own = hashlib.blake2b(digest_size=16)
     for path in sorted(root.rglob("*.py")):
         own.update(path.read_bytes())
-    return " ".join([own.hexdigest(), *(version(name) for name in LIBRARIES), str(torch.get_default_dtype())])
+    return " ".join([own.hexdigest(), *map(version, LIBRARIES)])
 
 
 def _flat(part: Part) -> Iterator[tuple[str, Any]]:

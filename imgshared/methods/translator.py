@@ -145,15 +145,13 @@ class Translator(MapMethod):
         if not w.cross or w.patch_nce or w.cycle:
             return []
         beside = measured[measured.sum(1) > 1].any(0)
-        alone = [
-            m for m, met, shown in zip(self.panel.markers, beside, measured.any(0), strict=True) if shown and not met
-        ]
-        if not beside.any() or not alone:
+        if not beside.any():
             return []
         return [
             f"{marker}: no training cell shows it beside another stain, so that cross teaches nothing of how to "
             "predict it; patch_nce, cycle and adversarial can, as in configs/translator_unpaired.yaml"
-            for marker in alone
+            for marker, met, shown in zip(self.panel.markers, beside, measured.any(0), strict=True)
+            if shown and not met
         ]
 
     def loss(self, batch: Batch, player: str) -> LossTerms:
