@@ -19,6 +19,7 @@ from imgshared.types import InputError
 LOG_STD = (-5.0, 2.0)  # of a shared map's expert
 LOG_TRUST = (-6.0, 6.0)  # of what a stain counts in a mean
 CHROMATIN_COUNTS = 10.0  # times as much as any other stain in a fresh network's means, about
+WIDEST = 17  # pixels, of texture
 TRUST_PACE = 10.0  # times as fast as other parameters, with Adam, are what stains count learnt
 
 
@@ -191,11 +192,12 @@ class TranslationNetwork(nn.Module):
         """Add texture, from its own (Q, width, Y / r0, X / r0) trunk, to the (Q, 1, Y, X) mean of absent stains.
 
         An image cannot be both the expectation of a stain and look like one (Blau & Michaeli 2018): so there are two,
-        and what the second one learns goes no further than `texture`.
+        and what the second one learns goes no further than `texture`. Texture is what is fine: how bright a cell is, the
+        mean tells best, and a discriminator that had a say in it would only add noise.
         """
         assert self.texture is not None
         out = self.texture(trunk, self.marker(channels).detach(), channels)
-        return mean.detach() + out[..., : mean.shape[-2], : mean.shape[-1]]  # type: ignore[no-any-return]
+        return mean.detach() + less_wide(out[..., : mean.shape[-2], : mean.shape[-1]])
 
 
 class Head(nn.Module):
@@ -232,8 +234,8 @@ class Head(nn.Module):
 class Texture(nn.Module):
     """A pyramid of shared maps to the texture of a stain, at first none: a path of its own, a block, a head.
 
-    What is drawn must be decided on somewhere (where does the membrane run that the mean only smears? is the cell a
-    bright one?): at every level, not in a head.
+    What is drawn must be decided on somewhere (where does the membrane run that the mean only smears?): at every level,
+    not in a head.
     """
 
     def __init__(
@@ -249,6 +251,14 @@ class Texture(nn.Module):
     def forward(self, trunk: Tensor, code: Tensor, channels: Tensor) -> Tensor:
         """What `path` made of the shared maps, (Q, width, Y / r, X / r), embeddings and markers to (Q, 1, Y, X)."""
         return self.head(self.block(self.condition(trunk, code)), code, channels)  # type: ignore[no-any-return]
+
+
+def less_wide(images: Tensor, width: int = WIDEST) -> Tensor:
+    """(Q, 1, Y, X) images without what is wider than `width` pixels (odd): less their box blur, taken twice."""
+    wide = images
+    for box in ((width, 1), (1, width)) * 2:
+        wide = F.avg_pool2d(wide, box, 1, (box[0] // 2, box[1] // 2), count_include_pad=False)
+    return images - wide
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:

@@ -6,7 +6,7 @@ from torch import nn
 
 from imgshared.models.bounds import LOG_SCALE
 from imgshared.models.pyramid import TimmPyramid
-from imgshared.models.translation import LOG_STD, Head, TranslationNetwork
+from imgshared.models.translation import LOG_STD, WIDEST, Head, TranslationNetwork, less_wide
 from imgshared.types import InputError
 
 
@@ -232,6 +232,28 @@ def test_a_sharp_image_starts_as_the_mean_and_teaches_texture_alone():
     moved = {name.split(".")[0] for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == {"texture"}
     assert all(h.grad is None for h in shared)
+
+
+def test_texture_is_what_is_fine_and_has_no_say_over_brightness():
+    x = torch.arange(96.0)
+    waves = {period: torch.sin(2 * torch.pi * x / period).expand(1, 1, 96, 96) for period in (6, 96)}
+    flat = torch.ones(1, 1, 96, 96)
+    kept = {p: float(less_wide(w).square().mean() / w.square().mean()) for p, w in waves.items()}
+    assert kept[6] > 0.97
+    assert kept[96] < 0.1
+    torch.testing.assert_close(less_wide(flat), 0 * flat, atol=1e-5, rtol=0)
+    kernel = 1 - less_wide(torch.eye(99)[49].expand(1, 1, 99, 99).clone())[0, 0, 49]  # beyond it nothing is looked at
+    assert kernel[49 - 2 * (WIDEST // 2) : 50 + 2 * (WIDEST // 2)].ne(1).all()
+    assert kernel[: 49 - 2 * (WIDEST // 2)].eq(1).all()
+
+    torch.manual_seed(0)
+    net = build(sharp=True)
+    mean = torch.rand(2, 1, 64, 64)
+    trunk = net.texture_trunk([torch.randn(2, width, side, side) for width, side in ((2, 32), (3, 16))])
+    texture = net.texture(trunk, net.marker(torch.tensor([0, 2])), torch.tensor([0, 2])) + 1.0  # brightness is asked for
+    added = net.sharpen(mean, trunk, torch.tensor([0, 2])) - mean
+    assert added.std() > 0.5 * texture.std()
+    assert added.mean((1, 2, 3)).abs().max() < 0.05 * added.std()
 
 
 def test_a_timm_backbone_serves_crops_and_fields_of_odd_sizes():
