@@ -6,50 +6,66 @@
 
 DATA is the folder that holds bbbc013/ and imc_spleen/. Every method is its configs/<name>.yaml with the edition's
 changes below; a short calibration measures how fast it trains here, and its epochs are what fits into the time. A task
-is one training of one method: in a process of its own, with its share of the cores, never done twice (OUT keeps what is
-finished). A task that fails says so and the rest goes on; then nothing is
-recorded, and the exit code is 1. Where a task has one core, its seconds are processor time: on
-a machine shared with others the methods still get the same.
+is one training of one method, in a process of its own, with its share of the cores. OUT keeps what is finished, beside
+the settings that it was made with, and it is never done twice; where these differ from the settings now (a YAML, a
+size, the number of tasks at a time, the processor), the script says which and stops. A task that fails says so and the
+rest goes on; the results then go to OUT/results alone, and the exit code is 1. Where a task has one core, its seconds
+are processor time: on a machine shared with others the methods still get the same.
+
+Results are methods_<dataset>.json, of another edition than cpu methods_<dataset>_<edition>.json. README's tables are
+those of the cpu edition.
 
 Every score is of cells of held-out groups that show chromatin and the marker, in normalised units, predicted from
-chromatin alone:
+chromatin alone. It is of their whole crops: those of simulated cells and bbbc013 hold about one cell, those of
+imc_spleen 60 to 85, so that r, SSIM and intensity are there about a neighbourhood.
 
-r            mean over cells of the Pearson r of a cell's pixels (a constant prediction counts as 0)
-gain         mean over cells of r minus the r of linear regression on blurred chromatin, fitted on the training cells
+r            mean over crops of the Pearson r of a crop's pixels (a constant prediction counts as 0)
+gain         mean over crops of r minus the r of linear regression on blurred chromatin, fitted on the training cells
 SSIM         mean structural similarity, data range 1
-detail       median spectral ratio: power of structures finer than 8 px, predicted over real; 1 is right
-intensity    Spearman r of the cells' mean intensities
-KID          kernel distance of the 45 per-cell features of `data.features` (brightness, radial distribution,
-             texture, spots; no network, no outline), standardised by real training cells and clipped to +-3; 0 is best
+detail       how many-fold the power of structures finer than 8 px is off: the spectral ratio of a marker is the median
+             over crops of predicted over real power, and this the exp of the mean over markers of its |log|, so that
+             too much of one stain does not make up for too little of another. 1 is best; 2 is twice or half as much
+intensity    Spearman r of the crops' mean intensities
+KID          kernel distance of 45 features a crop, of `data.features` (brightness, radial distribution, texture, spots,
+             within a disc of the usual nucleus in the middle and around it; no network, no outline), standardised by
+             real training cells and clipped to +-3; 0 is best
 agreement    Cohen's kappa between the answers that a classifier (logistic regression on those features, trained on
              real stains of the training groups) gives on the real and on the predicted stain of the same cells; only
              where it reads the label from real held-out stains with a balanced accuracy of chance + 0.1 or more
 
+train s, train cells/s   of the training alone
+predict cells/s          of the test cells, with every output that the method has: of translator two
+memory MB                the greatest of the training: of the process, or of the GPU
+parameters               of all networks, discriminators too; linear has none (its coefficients are solved for, not
+                         trained), and apollo's free latents, some for every training cell, are not counted
+
 translator has two outputs, the mean and the sharp one that its discriminator teaches, and a row for each.
 
-Scores are means over markers, then over seeds or folds (least to greatest of these). Bold: the best, and whatever is as
-good or better in at least one seed or fold.
+Scores are means over markers, then over seeds or folds (least to greatest of these). Bold: the best mean, and every
+method whose range over seeds or folds overlaps the range of the best. Folds of imc_spleen are regions, which differ, so
+that ranges are wide there. Where the best agreement is below 0.1 none is bold, for that is chance.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import methods_tables
 import torch
-from common import ROOT
+from common import experiment_settings
+from methods_work import Work, cores, run, timed
 from study_bbbc013 import VAL
 from study_imc_spleen import REGIONS
+
+from imgshared.training.folder import processor
 
 METHODS = ("linear", "regression", "pix2pix", "cut", "fastcut", "cyclegan", "mvae", "apollo", "translator")
 PAPER_D = "method.discriminator_channels=[64,128,256,512]"
@@ -146,30 +162,36 @@ DATASETS = {
 }  # fmt: skip
 
 
-@dataclass
-class Work:
-    """One job: its result, what it needs to know, the results that it needs, its process while it runs."""
-
-    result: Path
-    job: dict[str, Any]
-    needs: Sequence[Path] = ()
-    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
-    began: float = 0.0
-
-    @property
-    def name(self) -> str:
-        """What it is called in the progress."""
-        words = self.job.get("name", {}).values()
-        return " ".join([self.job["kind"], *(str(w) for w in words if w != "")])
-
-    @property
-    def log(self) -> Path:
-        """Where its output goes."""
-        return self.result.with_suffix(".log")
-
-
 def main() -> None:
     """Do what is missing, then tell."""
+    a = arguments()
+    if a.tables:
+        methods_tables.tell(a.tables, METHODS, readme=a.readme)
+        return
+    edition, out, data = EDITIONS[a.edition], a.out.resolve(), a.data.resolve()
+    seconds = dict.fromkeys(DATASETS, a.seconds) if a.seconds else edition.seconds
+    share = {"workers": a.workers, "threads": max(1, cores() // a.workers)}
+    stores = [store(out, data, edition, name, a.cells) for name in a.datasets]
+    folds = {name: turns(edition, name, a.repeats) for name in a.datasets}
+    grounds = [ground(out, edition, name, fold) for name in a.datasets for fold in dict(folds[name])]
+    speeds = [speed(out, edition, name, m, share) for name in a.datasets for m in a.methods]
+    tasks = [
+        task(out, edition, n, m, f, s, seconds[n], share) for n in a.datasets for f, s in folds[n] for m in a.methods
+    ]
+    for work in itertools.chain(stores, grounds, speeds, tasks):
+        work.done()  # refuses other settings before anything begins
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that jobs are stopped, too
+    with timed(out / "minutes.json"):
+        for jobs in (stores, grounds, speeds, tasks):
+            run(jobs, a.workers, share["threads"])
+    said = {"edition": a.edition, "cells": a.cells, "repeats": a.repeats, **share}
+    said["minutes"] = json.loads((out / "minutes.json").read_text())
+    said["overrides"] = {m: edition.overrides.get(m, ()) for m in a.methods}
+    tell(a, out, tasks, {name: {**said, "seconds": seconds[name]} for name in a.datasets})
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line, and refuse to record a part of the benchmark as the whole."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("out", type=Path, nargs="?")
@@ -185,44 +207,32 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, default=None, help="only print the tables of this folder of results")
     a = parser.parse_args()
     if a.tables:
-        methods_tables.tell(a.tables, readme=a.readme)
-        return
+        return a
     if a.data is None or a.out is None:
         parser.error("DATA and OUT are needed")
-    edition, out, data = EDITIONS[a.edition], a.out.resolve(), a.data.resolve()
-    seconds = dict.fromkeys(DATASETS, a.seconds) if a.seconds else edition.seconds
-    settings = {"edition": a.edition, "seconds": seconds, "cells": a.cells}
-    keep_settings(out, settings)
-    stores = [store(out, data, edition, name, a.cells) for name in a.datasets]
-    folds = {name: turns(edition, name, a.repeats) for name in a.datasets}
-    grounds = [ground(out, edition, name, fold) for name in a.datasets for fold in dict(folds[name])]
-    speeds = [speed(out, edition, name, m) for name in a.datasets for m in a.methods]
-    tasks = [task(out, edition, n, m, f, s, seconds[n]) for n in a.datasets for f, s in folds[n] for m in a.methods]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that jobs are stopped, too
-    workers = a.workers or (1 if torch.cuda.is_available() else 2)
-    for jobs in (stores, grounds, speeds, tasks):
-        run(jobs, workers)
+    a.workers = a.workers or (1 if torch.cuda.is_available() else 2)
+    part = ["--methods"] if set(a.methods) != set(METHODS) else []
+    part += ["--repeats"] if a.repeats is not None else []
+    if part and (a.record or a.readme):
+        parser.error(f"--record and --readme are for the whole benchmark: leave out {' and '.join(part)}")
+    if a.readme and a.edition != "cpu":
+        parser.error(f"--readme: README's tables are of the edition cpu, not {a.edition}")
+    return a
+
+
+def tell(a: argparse.Namespace, out: Path, tasks: Sequence[Work], settings: dict[str, dict[str, Any]]) -> None:
+    """Write and print the results, of a failed benchmark to OUT alone."""
     failed = [w.name for w in tasks if not w.result.exists()]
     results = a.record if a.record and not failed else out / "results"
     for name in a.datasets:
-        mine = [w for w in tasks if w.job["name"]["dataset"] == name]
-        methods_tables.write(
-            results, name, [w.result for w in mine], {**settings, "seconds": seconds[name], "workers": workers}
-        )
-        shown, quantiles = DATASETS[name].shown, DATASETS[name].quantiles
-        methods_tables.picture(out, name, [w.result for w in mine], shown, quantiles)
-    methods_tables.tell(results, readme=a.readme and not failed, pictures=out, datasets=a.datasets)
+        mine = [w.result for w in tasks if w.job["name"]["dataset"] == name]
+        methods_tables.write(results, name, mine, settings[name])
+        methods_tables.picture(out, name, mine, DATASETS[name].shown, DATASETS[name].quantiles)
+    readme = a.readme and not failed
+    methods_tables.tell(results, METHODS, readme=readme, pictures=out, datasets=a.datasets)
     if failed:
-        sys.exit(f"{len(failed)} of {len(tasks)} tasks failed, so nothing was recorded: {', '.join(failed)}")
-
-
-def keep_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Write what OUT was begun with, or refuse to go on with something else."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
-        sys.exit(f"{out} was begun with {path.read_text().strip()}, not {json.dumps(settings)}: choose another folder")
-    path.write_text(json.dumps(settings) + "\n")
+        sys.exit(f"{len(failed)} of {len(tasks)} tasks failed, so the results are in {results} alone: "
+                 f"{', '.join(failed)}")  # fmt: skip
 
 
 def turns(edition: Edition, dataset: str, most: int | None) -> list[tuple[str, int]]:
@@ -247,21 +257,25 @@ def ground(out: Path, edition: Edition, dataset: str, fold: str) -> Work:
     return Work(_ground(out, dataset, fold), {"kind": "ground", "name": name, **job}, [_store(out, dataset)])
 
 
-def speed(out: Path, edition: Edition, dataset: str, method: str) -> Work:
-    """Measure how fast a method trains."""
-    job = _experiment(out, edition, dataset, method, next(iter(DATASETS[dataset].folds)), 0)
+def speed(out: Path, edition: Edition, dataset: str, method: str, share: dict[str, int]) -> Work:
+    """Measure how fast a method trains, here and with this share of the cores."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    job = {**share, "device": device}
+    job |= _experiment(out, edition, dataset, method, next(iter(DATASETS[dataset].folds)), 0)
     name = {"dataset": dataset, "method": method}
     return Work(_speed(out, dataset, method), {"kind": "speed", "name": name, **job}, [_store(out, dataset)])
 
 
-def task(out: Path, edition: Edition, dataset: str, method: str, fold: str, seed: int, seconds: float) -> Work:
+def task(
+    out: Path, edition: Edition, dataset: str, method: str, fold: str, seed: int, seconds: float, share: dict[str, int]
+) -> Work:
     """Train and score a method."""
     several = len(DATASETS[dataset].folds) > 1
     turn = f"{fold}_{seed}" if several and edition.seeds[dataset] > 1 else fold or str(seed)
     d = DATASETS[dataset]
     needs = [_ground(out, dataset, fold), _speed(out, dataset, method)]
     job = {"seconds": seconds, "labels": d.labels, "shown": d.shown, "ground": str(needs[0]), "speed": str(needs[1])}
-    job |= _experiment(out, edition, dataset, method, fold, seed)
+    job |= {**share, **_experiment(out, edition, dataset, method, fold, seed)}
     name = {"dataset": dataset, "method": method, "turn": turn}
     return Work(out / dataset / f"{method}_{turn}" / "result.json", {"kind": "task", "name": name, **job}, needs)
 
@@ -282,57 +296,7 @@ def _experiment(out: Path, edition: Edition, dataset: str, method: str, fold: st
     d = DATASETS[dataset]
     overrides = [f"data={_store(out, dataset)}", f"seed={seed}", *d.folds[fold], *d.overrides]
     overrides += edition.overrides.get(method, ())
-    return {"config": str(ROOT / "configs" / f"{method}.yaml"), "overrides": overrides}
-
-
-def run(jobs: Sequence[Work], workers: int) -> None:
-    """Do what has no result yet, so many at a time; on Ctrl-C or SIGTERM stop them all."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, cores // workers))
-    share = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
-    waiting = [w for w in jobs if not w.result.exists()]
-    running: list[Work] = []
-    took: list[float] = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                work = waiting.pop(0)
-                if not all(path.exists() for path in work.needs):
-                    print(f"{work.name}: left out, what it needs is missing", flush=True)
-                    continue
-                begin(work, share)
-                running.append(work)
-            time.sleep(0.2)
-            for work in [w for w in running if w.process and w.process.poll() is not None]:
-                running.remove(work)
-                took.append(time.monotonic() - work.began)
-                left = sum(took) / len(took) * len(waiting + running) / workers
-                said = "done" if work.result.exists() else f"FAILED: {last_words(work.log)}"
-                print(f"{work.name}: {said} in {took[-1]:.0f} s; about {left / 60:.0f} min left", flush=True)
-    finally:
-        for work in running:
-            if work.process:
-                work.process.terminate()
-        for work in running:
-            if work.process:
-                work.process.wait()
-
-
-def begin(work: Work, environment: dict[str, str]) -> None:
-    """Start a job's process."""
-    work.result.parent.mkdir(parents=True, exist_ok=True)
-    said = work.result.with_suffix(".job.json")
-    said.write_text(json.dumps({**work.job, "result": str(work.result)}, indent=1) + "\n")
-    script = [sys.executable, str(Path(__file__).with_name("methods_job.py")), str(said)]
-    with work.log.open("wb") as log:
-        work.process = subprocess.Popen(script, stdout=log, stderr=log, env={**os.environ, **environment})
-    work.began = time.monotonic()
-
-
-def last_words(log: Path) -> str:
-    """Return the last line that a job wrote, and where the rest is."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"{lines[-1] if lines else 'no output'} ({log})"
+    return experiment_settings(method, overrides)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@
 
 One run measures, in turn and repeatedly, plain float32 in the default memory format against what `train` uses
 (channels_last, and bf16 where the hardware has it): 128-pixel crops, stage 1 of `configs/apollo_published.yaml`, four
-decoders, batch 64, one protein a cell. Beside them, in the same rounds, `configs/translator.yaml` (but for the batch):
-as it stands, where 4 of the 64 cells meet the discriminator, in float32, with each of its costlier terms, with all
-cells translated, and predicting. Then it trains from a store of random crops and measures how long a step waits for its
-batch, with the crops in memory and streamed from disk. Last, every method by its own configuration, 64-pixel crops,
-each in a process of its own: cells/s, floating-point operations a second beside the rate of a large matrix product in
-the same precision, the share of a step that waits for crops streamed from disk, and the greatest memory. How a step
-depends on the number of cells is benchmark_scale.py's question. `compiled` asks what torch.compile gains, with CUDA
-graphs on a GPU. Figures are medians; read the ratios.
+decoders, batch 64, one protein a cell. Beside them, in the same rounds, `configs/translator.yaml` but for its batch,
+which is 8 and here 64: with method.translated=4 as there, so that 4 of the 64 cells meet the discriminator (4 of 8 in
+the file), in float32, with each of its costlier terms, with all cells translated, and predicting. Then it trains from a
+store of random crops and measures how long a step waits for its batch, with the crops in memory and streamed from disk.
+Last, every method by its own configuration, 64-pixel crops, each in a process of its own: cells/s, floating-point
+operations a second beside the rate of a large matrix product in the same precision, the share of a step that waits for
+crops streamed from disk, and the greatest memory. How a step depends on the number of cells is benchmark_scale.py's
+question. `compiled` asks what torch.compile gains, with CUDA graphs on a GPU. Figures are medians; read the ratios.
 """
 
 from __future__ import annotations
@@ -126,12 +126,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=("speed", "methods", "compiled"), default=("speed", "methods"))
     parser.add_argument(
-        "--record", type=Path, default=None, help="folder for training.json, training_methods.json, ..."
+        "--record",
+        type=Path,
+        default=None,
+        help="folder for training.json, training_methods.json, ...; on a GPU training_cuda.json, ...",
     )
     a = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for part in a.parts:
-        name, found = "training" if part == "speed" else f"training_{part}", dict[str, Any]()
+        found: dict[str, Any] = {}
         if part == "speed":
             found["speed"], used = compare(device, a.steps)
             found["loading"] = measure_loading(used, device, a.steps)
@@ -142,7 +145,15 @@ def main() -> None:
         print("\n\n".join(markdown(rows) for rows in found.values()), "\n")
         if a.record:
             crop = SMALL if part == "methods" else CROP
-            record(a.record / f"{name}.json", {**found, "crop_px": crop, "batch": BATCH, "device": str(device)})
+            record(
+                a.record / file_name(part, device), {**found, "crop_px": crop, "batch": BATCH, "device": str(device)}
+            )
+
+
+def file_name(part: str, device: torch.device) -> str:
+    """Return the name of a part's results; those of a GPU stand beside the CPU's, not over them."""
+    words = ["training", *([part] if part != "speed" else []), *([device.type] if device.type != "cpu" else [])]
+    return "_".join(words) + ".json"
 
 
 def compare(device: torch.device, steps: int) -> tuple[list[dict[str, object]], Bench]:

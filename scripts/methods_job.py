@@ -24,20 +24,21 @@ import numpy as np
 import study_bbbc013
 import study_imc_spleen
 import torch
+from common import CODE, ROOT
+from methods_scores import frame_of, in_units, score
 from numpy.typing import NDArray
 from rich.console import Console
-from scipy.stats import spearmanr
 
 import imgshared
 from imgshared import metrics
 from imgshared.build import build_measured, build_normaliser, build_panel, build_split
 from imgshared.config import Experiment, load
-from imgshared.data.features import Frame, central_frame, stain_features, typical_radius
+from imgshared.data.features import stain_features, typical_radius
 from imgshared.data.feed import Feed
 from imgshared.data.normalise import Normaliser
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore, StoreWriter, panel_table
-from imgshared.evaluation.agreement import Reader, Standard, feature_distance
+from imgshared.evaluation.agreement import Reader, Standard
 from imgshared.evaluation.floors import Floors
 from imgshared.prediction import load_run, predict_cells
 from imgshared.training.folder import last_path
@@ -51,7 +52,6 @@ WARM_CELLS = 16  # before predictions are timed
 LONGEST = 12.0  # seconds of timed steps
 CHECKS = 20  # validations of a monitored stage, at most
 CHECKED = 0.15  # of the budget, at most, for validations
-READABLE = 0.1  # above chance: what a classifier must read from real stains for its answers to count
 EPOCHS = {"apollo": ("latent_epochs", "encoder_epochs"), "linear": ()}  # the others: epochs
 
 Job = dict[str, Any]
@@ -61,6 +61,12 @@ def clock() -> float:
     """Return wall-clock seconds, or processor time where all runs on one core: neighbours then do not matter."""
     alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
     return time.process_time() if alone else time.perf_counter()
+
+
+def experiment_of(job: Job, *more: str) -> Experiment:
+    """Return the experiment that a job is of, with more overrides."""
+    overrides = [*(f"{key}={value}" for key, value in job["overrides"].items()), *more]
+    return load(Experiment, ROOT / "configs" / f"{job['config']}.yaml", overrides)
 
 
 # --- the data -------------------------------------------------------------------------------------------------------
@@ -103,7 +109,7 @@ def thin(source: CellStore, out: Path, cells_a_group: int | None) -> None:
 
 def ground(job: Job) -> None:
     """Compute what all methods share: test cells, floors, the scale of the features, classifiers, cells to show."""
-    experiment = load(Experiment, Path(job["config"]), job["overrides"])
+    experiment = experiment_of(job)
     cells = CellStore(experiment.data)
     panel, split = build_panel(experiment, cells), build_split(experiment, cells)
     normaliser = build_normaliser(experiment, cells, panel, split, build_measured(experiment, cells, panel))
@@ -168,11 +174,6 @@ def described(images: NDArray[np.float32], measured: NDArray[np.bool_], radius: 
     return out
 
 
-def frame_of(images: NDArray[np.float32], radius: float) -> Frame:
-    """Return the frame of (n, Y, X) crops, the same for every cell."""
-    return central_frame(len(images), images.shape[-1], radius)
-
-
 # --- the speed ------------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +215,7 @@ class Calibration(Trainer):
 def speed(job: Job) -> None:
     """Measure how fast a method trains here."""
     result = Path(job["result"])
-    experiment, folder = load(Experiment, Path(job["config"]), job["overrides"]), result.with_suffix(".run")
+    experiment, folder = experiment_of(job), result.with_suffix(".run")
     shutil.rmtree(folder, ignore_errors=True)
     trainer = Calibration(experiment, folder, False, Console(file=io.StringIO()))
     stages = trainer.measure()
@@ -252,14 +253,14 @@ def task(job: Job) -> None:
     """Train a method for its budget, predict the test cells, score."""
     folder = Path(job["result"]).parent
     shared = np.load(job["ground"])
-    experiment = load(Experiment, Path(job["config"]), job["overrides"])
+    experiment = experiment_of(job)
     speeds = json.loads(Path(job["speed"]).read_text())["stages"]
     cells = CellStore(experiment.data)
     val = int((build_split(experiment, cells).assign(cells.obs) == "val").sum())
     epochs, every = plan(speeds, experiment.train.batch_size, len(shared["train"]), val, job["seconds"])
     names = EPOCHS.get(experiment.method.name, ("epochs",))
     settings = [f"method.{name}={n}" for name, n in zip(names, epochs, strict=False)]
-    experiment = load(Experiment, Path(job["config"]), [*job["overrides"], *settings, f"train.validate_every={every}"])
+    experiment = experiment_of(job, *settings, f"train.validate_every={every}")
     shutil.rmtree(folder / "run", ignore_errors=True)
     began = clock()
     trainer = Trainer(experiment, folder / "run", False, Console())
@@ -269,6 +270,8 @@ def task(job: Job) -> None:
     row = {
         **job["name"],
         "seed": experiment.seed,
+        **CODE,
+        "precision": "bf16" if "bf16" in trainer.fabric._precision.precision else "float32",
         "epochs": epochs[: len(names)] or [1],
         "train_cells": len(trainer.feeds["train"]),
         "load_seconds": loaded - began,
@@ -285,7 +288,7 @@ def task(job: Job) -> None:
     predict_cells(run, cells, test[:WARM_CELLS], full=False, shared=False, latents=False)
     began = clock()
     done = predict_cells(run, cells, test, full=False, shared=False, latents=False, sharp=run.method.sharp)
-    row["predict_cells_per_s"] = len(test) / (clock() - began)
+    row["predict_cells_per_s"] = len(test) / (clock() - began)  # with every output that it has
     ours = Normaliser.from_dict(json.loads(str(shared["normaliser"])))
     real = in_units(done.real, run.normaliser, ours)
     outputs = {name: in_units(x, run.normaliser, ours) for name, x in done.images.items()}
@@ -301,72 +304,6 @@ def task(job: Job) -> None:
     write(folder / "shown.npz", pictures)
     row |= {"seconds": time.perf_counter() - STARTED, "processor_seconds": time.process_time()}
     write(Path(job["result"]), row)
-
-
-def in_units(images: NDArray[np.float32], theirs: Normaliser, ours: Normaliser) -> NDArray[np.float32]:
-    """Bring normalised images to the units of another normaliser: seeds may draw other cells for theirs."""
-    if theirs == ours:
-        return images
-    return np.asarray(ours.forward(theirs.inverse(torch.from_numpy(images))).numpy())
-
-
-def score(
-    real: NDArray[np.float32],
-    predicted: NDArray[np.float32],
-    measured: NDArray[np.bool_],
-    panel: Panel,
-    shared: Any,
-    labels: list[tuple[str, list[str]]],
-) -> list[dict[str, Any]]:
-    """Return a row a protein; see `benchmark_methods.py` for what each score is."""
-    rows = []
-    for marker in panel.proteins:
-        c = panel.index(marker)
-        cells = measured[:, c]
-        a, b = real[cells, c], predicted[cells, c]
-        r, linear = np.nan_to_num(metrics.pearson(a, b)), shared[f"{marker}/linear"]
-        standard = Standard(shared[f"{marker}/mean"], shared[f"{marker}/sd"])
-        x, y = shared[f"{marker}/real"], stain_features(b, frame_of(b, float(shared["radius"])))
-        row = {
-            "marker": marker,
-            "cells": int(cells.sum()),
-            "pearson": r.mean(),
-            "pearson_pooled": np.nan_to_num(metrics.pearson(a.reshape(1, -1), b.reshape(1, -1)))[0],
-            "pearson_linear": linear.mean(),
-            "gain": (r - linear).mean(),
-            "ssim": metrics.ssim(a, b).mean(),
-            "spectral_ratio": np.nanmedian(metrics.spectral_ratio(a, b)),
-            "intensity_spearman": np.nan_to_num(spearmanr(a.mean((1, 2)), b.mean((1, 2))).statistic),
-            "kid": feature_distance(x, y, standard),
-        }
-        rows.append({k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()})
-        rows[-1]["labels"] = [
-            answers(label, standard(x), standard(y), {k: shared[f"{marker}/{label}/{k}"] for k in READ})
-            for label, _ in labels
-        ]
-    return rows
-
-
-READ = ("classes", "weights", "bias", "truth")
-
-
-def answers(
-    label: str, real: NDArray[np.float64], predicted: NDArray[np.float64], kept: dict[str, NDArray[Any]]
-) -> dict[str, Any]:
-    """Compare a classifier's answers on real and predicted stains of the cells that have the label."""
-    reader = Reader(kept["classes"], kept["weights"], kept["bias"])
-    known = kept["truth"] != ""
-    truth, x, y = kept["truth"][known], real[known], predicted[known]
-    one, other = reader(x), reader(y)
-    return {
-        "label": label,
-        "cells": int(known.sum()),
-        "kappa": float(metrics.kappa(np.zeros(len(one)), one, other)(np.ones((1, 1)))[0]),
-        "agreement": float((one == other).mean()),
-        "accuracy_real": reader.accuracy(x, truth),
-        "accuracy_predicted": reader.accuracy(y, truth),
-        "readable": bool(reader.accuracy(x, truth) >= 1 / len(reader.classes) + READABLE),
-    }
 
 
 def peak_memory() -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import ROOT, markdown, record
+from common import ROOT, fold_off, markdown, record
 from figures import scale_bar, show
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -24,7 +24,7 @@ SCORES: dict[str, tuple[str, str, Callable[..., float]]] = {
     "r": ("pearson", "{:.2f}", max),
     "gain over linear": ("gain", "{:+.2f}", max),
     "SSIM": ("ssim", "{:.2f}", max),
-    "detail": ("spectral_ratio", "{:.2f}", lambda v: min(v, key=lambda x: abs(math.log(max(x, 1e-6))))),
+    "detail, fold off": ("detail_off", "{:.1f}", min),
     "intensity": ("intensity_spearman", "{:.2f}", max),
     "KID": ("kid", "{:.1f}", min),
     "agreement": ("kappa", "{:.2f}", max),
@@ -36,29 +36,57 @@ COSTS: dict[str, tuple[str, str, Callable[..., float] | None]] = {
     "memory MB": ("memory_mb", "{:,.0f}", min),
     "parameters": ("parameters", "{:,.0f}", None),
 }
+LEAST = {"agreement": 0.1}  # below that the best of a column is chance
+BY_MARKER = {
+    "r": "pearson",
+    "gain over linear": "gain",
+    "SSIM": "ssim",
+    "detail: power of fine structures, predicted over real": "spectral_ratio",
+    "intensity": "intensity_spearman",
+    "KID": "kid",
+}
+ANSWERS = {
+    "agreement (Cohen's kappa)": "kappa",
+    "share of cells with the same answer": "agreement",
+    "balanced accuracy on predicted stains": "accuracy_predicted",
+}
 
 
 def write(folder: Path, dataset: str, paths: Sequence[Path], settings: dict[str, Any]) -> None:
-    """Gather the results of a dataset into one JSON, those that are missing by name."""
+    """Gather the results of a dataset into one JSON, with the names of those that are missing."""
     rows = [json.loads(p.read_text()) for p in paths if p.exists()]
     missing = [p.parent.name for p in paths if not p.exists()]
     methods = list(dict.fromkeys(p.parent.name.partition("_")[0] for p in paths))
     whole = {"dataset": dataset, **settings, "methods": methods, "missing": missing, "rows": rows}
-    record(folder / f"methods_{dataset}.json", whole)
+    edition = "" if settings["edition"] == "cpu" else f"_{settings['edition']}"
+    record(folder / f"methods_{dataset}{edition}.json", whole)
 
 
-def tell(folder: Path, *, readme: bool, pictures: Path | None = None, datasets: Sequence[str] | None = None) -> None:
-    """Print every dataset's table, write it beside its JSON with the tables of markers, and where asked into README."""
+def tell(
+    folder: Path,
+    methods: Sequence[str],
+    *,
+    readme: bool,
+    pictures: Path | None = None,
+    datasets: Sequence[str] | None = None,
+) -> None:
+    """Print every dataset's table and write it beside its JSON with the tables of markers.
+
+    With `readme` those of the cpu edition go there, too, if they hold all `methods` and runs.
+    """
     for path in sorted(folder.glob("methods_*.json")):
         result = both_outputs(json.loads(path.read_text()))
-        name = result["dataset"]
+        name, cpu = result["dataset"], result["edition"] == "cpu"
         if datasets is not None and name not in datasets:
             continue
         table = overview(result)
-        print(f"\n{name}\n\n{table}")
-        parts = [f"# {name}\n", table, *details(result)]
+        print(f"\n{name}{'' if cpu else ', edition ' + result['edition']}\n\n{table}")
+        parts = [f"# {path.stem.removeprefix('methods_')}\n", table, *details(result)]
         path.with_suffix(".md").write_text("\n".join(parts) + "\n")
-        if readme:
+        if readme and cpu:
+            lacks = [*(m for m in methods if m not in result["methods"]), *result["missing"]]
+            if lacks or result.get("repeats"):
+                raise SystemExit(f"{path} lacks {', '.join(lacks) or 'repeats'}: README keeps the table that it has")
             into_readme(name, table)
             if pictures is not None and (pictures / f"methods_{name}.png").exists():
                 target = ROOT / "docs" / f"methods_{name}.png"
@@ -92,9 +120,10 @@ def overview(result: dict[str, Any]) -> str:
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
     """Return a run's scores as means over its markers; agreement over what can be read from real stains."""
-    means = {key: float(np.mean([m[key] for m in row["markers"]])) for key, *_ in SCORES.values() if key != "kappa"}
+    means = {key: float(np.mean([m[key] for m in row["markers"]])) for key in BY_MARKER.values()}
     kappas = [x["kappa"] for m in row["markers"] for x in m["labels"] if x["readable"]]
-    return {**row, **means, "kappa": float(np.mean(kappas)) if kappas else math.nan}
+    off = fold_off([m["spectral_ratio"] for m in row["markers"]])
+    return {**row, **means, "detail_off": off, "kappa": float(np.mean(kappas)) if kappas else math.nan}
 
 
 def _column(
@@ -105,7 +134,7 @@ def _column(
         return {}
     values = table.pivot_table(key, "turn", "method")
     means = values.mean()
-    good = set() if best is None else ties(values, best)
+    good = set() if best is None or means.max() < LEAST.get(name, -math.inf) else ties(values, best)
     out = {}
     for method in [m for m in result["methods"] if m in means and not math.isnan(means[m])]:
         text = f"**{said(means[method], form)}**" if method in good else said(means[method], form)
@@ -122,35 +151,36 @@ def said(value: float, form: str) -> str:
 
 
 def ties(values: pd.DataFrame, best: Callable[..., float]) -> set[str]:
-    """Return the method with the best mean, and those at least as good in some seed or fold; all of them finished."""
+    """Return the method with the best mean, and those whose range over seeds or folds overlaps its range.
+
+    `values` has a column a method; one that has not finished every run is not among them.
+    """
     values = values.dropna(axis=1)
     if values.empty:
         return set()
-    means = values.mean()
+    means, least, greatest = values.mean(), values.min(), values.max()
     first = means.index[list(means).index(best(list(means)))]
-    return {str(m) for m in values if any(best([a, b]) == b for a, b in zip(values[first], values[m], strict=True))}
+    overlap = (least <= greatest[first]) & (greatest >= least[first])
+    return {str(m) for m in values.columns[overlap]}
 
 
 def details(result: dict[str, Any]) -> list[str]:
-    """Return the tables of markers: r, gain, detail, KID and what classifiers say, means over seeds or folds."""
+    """Return the tables of markers: every score and what classifiers say, means over seeds or folds."""
     rows = [{**m, "method": r["method"]} for r in result["rows"] for m in r["markers"]]
     if not rows:
         return []
     table, out = pd.DataFrame(rows), []
     order = [m for m in result["methods"] if m in set(table["method"])]
-    for name in ("r", "gain over linear", "detail", "intensity", "KID"):
-        key, form, _ = SCORES[name]
+    for name, key in BY_MARKER.items():
+        form = next((form for own, form, _ in SCORES.values() if own == key), "{:.2f}")
         out += [f"\n## {name}\n", _by_marker(table, "marker", key, form, order)]
     answers = pd.DataFrame([{**x, "method": r["method"], "marker": f"{r['marker']}, {x['label']}"}
                             for r in rows for x in r["labels"]])  # fmt: skip
-    if len(answers):
-        real = answers.assign(method="accuracy on real stains", kappa=answers["accuracy_real"])
+    for title, key in ANSWERS.items() if len(answers) else ():
+        real = answers.assign(method="accuracy on real stains", **{key: answers["accuracy_real"]})
         both = pd.concat([real, answers])
-        out += ["\n## agreement (Cohen's kappa)\n", _by_marker(both, "marker", "kappa", "{:.2f}",
-                ["accuracy on real stains", *order])]  # fmt: skip
-        out += ["\n## balanced accuracy on predicted stains\n", _by_marker(
-            pd.concat([real.assign(accuracy_predicted=real["kappa"]), answers]), "marker", "accuracy_predicted",
-            "{:.2f}", ["accuracy on real stains", *order])]  # fmt: skip
+        columns = ["accuracy on real stains", *order]
+        out += [f"\n## {title}\n", _by_marker(both, "marker", key, "{:.2f}", columns)]
     return out
 
 
@@ -176,14 +206,16 @@ def into_readme(dataset: str, table: str) -> None:
         path.write_text(new)
 
 
-def picture(out: Path, dataset: str, paths: Sequence[Path], markers: Sequence[str], quantiles: Sequence[float]) -> None:
+def picture(
+    out: Path, dataset: str, paths: Sequence[Path], markers: Sequence[str], quantiles: Sequence[float]
+) -> Figure | None:
     """Draw DNA | real | a column a method, of the first seed or fold; one contrast in a row."""
     first = [p.parent for p in paths]
     turn = first[0].name.partition("_")[2]
     found = {f.name.partition("_")[0]: np.load(f / "shown.npz") for f in first
              if f.name.partition("_")[2] == turn and (f / "shown.npz").exists()}  # fmt: skip
     if not found:
-        return
+        return None
     some = next(iter(found.values()))
     columns = {name: (crops, "predicted") for name, crops in found.items()}
     columns |= {f"{name}, sharp": (c, "sharp") for name, c in found.items() if f"{markers[0]}/sharp" in c}
@@ -201,10 +233,12 @@ def picture(out: Path, dataset: str, paths: Sequence[Path], markers: Sequence[st
         show(line[1], real, "real" if top else "", low, high)
         for ax, (method, (crops, output)) in zip(line[2:], columns.items(), strict=True):
             show(ax, crops[f"{marker}/{output}"][k], method if top else "", low, max(high, low + 1e-3))
-        name = marker if len(quantiles) == 1 else f"{marker}, {100 * quantiles[k]:.0f}%"
-        line[0].text(-0.06, 0.5, name, rotation=90, ha="right", va="center", fontsize=8.5, color=INK,
+        # two short lines: for a label longer than its row the layout leaves no room
+        name = marker if len(quantiles) == 1 else f"{marker}\n{100 * quantiles[k]:.0f}%"
+        line[0].text(-0.06, 0.5, name, rotation=90, ha="right", va="center", ma="center", fontsize=8.5, color=INK,
                      transform=line[0].transAxes)  # fmt: skip
     scale_bar(axes[0][0], store.crop_px, store.pixel_size_um)
     path = out / f"methods_{dataset}.png"
     figure.savefig(path, dpi=110)
     print(path)
+    return figure

@@ -5,7 +5,7 @@
 DATA holds bbbc013/ and imc_spleen/. bbbc013: rows A and E train, rows B and F are reported on. Unpaired: DNA of the odd
 columns and FKHR of the even ones, never both of one cell. imc_spleen: one region is reported on, the next one stops the
 training, two train; stains are predicted for the whole region at once and compared as its data sheet does, with the
-target smoothed at sigma 1. A finished run is not computed again.
+target smoothed at sigma 1. A finished run is not computed again, and one of other settings is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import study_bbbc013
 import tifffile
-from common import ROOT, markdown, metrics, record
+from common import ROOT, experiment_settings, finished, markdown, metrics, record, train_seconds
 from numpy.typing import NDArray
 from rich.console import Console
 from scipy.ndimage import gaussian_filter
@@ -62,22 +62,36 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--record", type=Path, default=None, help="folder for the JSON (default: OUT)")
     a = parser.parse_args()
+    a.out = a.out.resolve()
     for part in a.parts:
         result = parts[part](a)
         for title, rows in result.items():
             print(f"\n{part}: {title}\n\n{markdown(rows)}")
-        record((a.record or a.out) / f"translator_{part}.json", result)
+        runs = [told(done.parent) for done in sorted((a.out / part).glob("*/done"))]
+        record((a.record or a.out) / f"translator_{part}.json", {**result, "runs": runs})
 
 
 def trained(config: str, store: Path, run: Path, *overrides: str) -> Run:
     """Train what is not there yet, and open it."""
-    done = run / "done"
-    if not done.exists():
+    said, done = experiment_settings(config, [f"data={store}", *overrides]), run / "done"
+    if not finished(done, done, said):
         Console().rule(str(run))
         experiment = load(Experiment, ROOT / "configs" / f"{config}.yaml", [f"data={store}", *overrides])
         imgshared.train(experiment, out=run, resume=run.exists(), console=Console())
-        done.touch()
+        done.write_text(json.dumps(said) + "\n")
     return imgshared.load_run(run)
+
+
+def told(run: Path) -> dict[str, Any]:
+    """Return how a run was trained, and the seconds that it took."""
+    experiment = load(Experiment, run / "config.yaml")
+    return {
+        "run": run.name,
+        **json.loads((run / "done").read_text()),
+        "epochs": getattr(experiment.method, "epochs", None),
+        "seed": experiment.seed,
+        "train_seconds": train_seconds(run),
+    }
 
 
 # --- bbbc013 ----------------------------------------------------------------------------------------------------------

@@ -1,25 +1,34 @@
 """translator on simulated cells: is the split clean, what does each term do, and does every further stain help?
 
-    python scripts/study_translator_simulated.py OUT [--seeds 1 2 3] [--cells 2400] [--epochs 8] [--subset-epochs 20]
+    python scripts/study_translator_simulated.py OUT [--parts split mean ablation subsets] [--seeds 1 2 3]
+        [--ablation-seeds 1] [--cells 2400] [--epochs 8] [--subset-epochs 20] [--record DIR]
 
-1. All terms on, every seed: shared factors from z_s of DNA, specific factors from it and from their own z_m (linear
-   probes on three held-out donors), as `study_simulated.py` asks of apollo.
-2. Each term off in turn, first seed: what it changes.
-3. Any subset: configs/translator.yaml as it is, trained once; the error on a hidden stain from chromatin alone, from
-   chromatin and one other stain, from all others.
+split      All terms on, every seed: shared factors from z_s of DNA, specific factors from it, from their own z_m and
+           from z_s of their own protein (linear probes on three held-out donors), as `study_simulated.py` asks of
+           apollo. The adversarial, PatchNCE and cycle terms judge the sharp output here: no gradient of it goes
+           further back than its texture, so that adversarial does not reach the latents, and the other two reach them
+           only by how that output is encoded again.
+mean       The same without a sharp output, so that all terms judge the mean and reach the latents; adversarial,
+           PatchNCE and cycle with their weights in configs/translator_unpaired.yaml.
+ablation   The terms of `split`, each off in turn, every seed of --ablation-seeds.
+subsets    configs/translator.yaml but for its epochs, trained once a seed: the error on a hidden stain from chromatin
+           alone, from chromatin and one other stain, from all others.
 
-Seed 0 is left out: the settings were chosen on its cells. A finished run is not computed again.
+Each part's result is translator_simulated_<part>.json. Seed 0 is left out: the settings were chosen on its cells. A
+finished run is not computed again, and one of other settings is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import ROOT, markdown, metrics, record
+from common import ROOT, experiment_settings, finished, fold_off, markdown, metrics, record, train_seconds
 from rich.console import Console
 from study_simulated import SHARED, SPECIFIC, SPLIT
 
@@ -39,73 +48,108 @@ TERMS = {
     "independence": 0.01,
     "norm": 1e-4,
 }
+ON_THE_MEAN = {**TERMS, "sharp": 0, "adversarial": 0.1, "patch_nce": 0.1, "cycle": 1.0}
+Rows = list[dict[str, Any]]
 HELD_OUT = ("D08", "D09", "D10")
 SHOWN = pd.Series({"chromatin": 1e3, "and one": 1e3, "and all": 1e3, "all / chromatin": 1.0})
 
 
 def main() -> None:
-    """Run what is missing, then summarise."""
+    """Run what is missing of the chosen parts, then summarise."""
+    parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+        "split": lambda a: {"weights": TERMS, "rows": [one(a, s, "all_terms", TERMS) for s in a.seeds]},
+        "mean": lambda a: {"weights": ON_THE_MEAN, "rows": [one(a, s, "on_the_mean", ON_THE_MEAN) for s in a.seeds]},
+        "ablation": lambda a: {"weights": TERMS, "rows": ablation(a)},
+        "subsets": lambda a: {"rows": [row for s in a.seeds for row in subsets(a, s)]},
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--ablation-seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--cells", type=int, default=2400)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=8, help="of all parts but subsets")
     parser.add_argument("--subset-epochs", type=int, default=20)
-    parser.add_argument(
-        "--record", type=Path, default=None, help="JSON to write (default: OUT/translator_simulated.json)"
-    )
+    parser.add_argument("--record", type=Path, default=None, help="folder for the JSON (default: OUT)")
     a = parser.parse_args()
-    split = [{"seed": s, **one(a, s, None)} for s in a.seeds]
-    ablation = [{"without": "nothing", **_figures(split[0])}]
-    ablation += [{"without": term, **one(a, a.seeds[0], term)} for term in TERMS]
-    hidden = [{"seed": s, **row} for s in a.seeds for row in subsets(as_shipped(a, s), CellStore(stored(a, s)))]
-    result = {"cells": a.cells, "epochs": a.epochs, "weights": TERMS, "split": split, "ablation": ablation}
-    result |= {"subset_epochs": a.subset_epochs, "subsets": hidden}
-    record(a.record or a.out / "translator_simulated.json", result)
-    print("\nall terms on, a row a seed\n\n" + markdown(split))
-    print("\neach term off in turn\n\n" + markdown(ablation))
-    means = pd.DataFrame(hidden).groupby("hidden", sort=False).mean(numeric_only=True).drop(columns="seed") * SHOWN
-    print("\nmean squared error on a hidden stain of held-out cells, by what is given, x 1000; mean over seeds\n")
-    print(markdown({"hidden": name, **row} for name, row in means.iterrows()))
+    a.out = a.out.resolve()
+    for part in a.parts:
+        epochs = a.subset_epochs if part == "subsets" else a.epochs
+        result = {"cells": a.cells, "epochs": epochs, "split": SPLIT, **parts[part](a)}
+        record((a.record or a.out) / f"translator_simulated_{part}.json", result)
+        print(f"\n{TITLES[part]}; mean over seeds (least to greatest)\n\n{over_seeds(result['rows'])}")
+
+
+TITLES = {
+    "split": "all terms on",
+    "mean": "all terms on, no sharp output",
+    "ablation": "each term off in turn",
+    "subsets": "mean squared error on a hidden stain of held-out cells, by what is given, x 1000",
+}
+
+
+def over_seeds(rows: Rows) -> str:
+    """Return a table of means over seeds with their spread, a row for each of what else tells rows apart."""
+    table = pd.DataFrame(rows).drop(columns=["seed", "others"], errors="ignore")
+    words = [c for c in ("without", "hidden") if c in table]
+    numbers = table.drop(columns=words) * SHOWN.reindex(table.columns.drop(words), fill_value=1.0)
+    shown: Rows = []
+    for name in table[words[0]].unique() if words else [""]:
+        part = numbers[table[words[0]] == name] if words else numbers
+        row: dict[str, Any] = {words[0]: name} if words else {}
+        for c, v in part.items():
+            row[str(c)] = f"{v.mean():.2f} ({v.min():.2f} to {v.max():.2f})"
+        shown.append(row)
+    return markdown(shown)
 
 
 def stored(a: argparse.Namespace, seed: int) -> Path:
     """Simulate and prepare, once a seed."""
-    images, store = a.out / f"data_{seed}" / "images", a.out / f"data_{seed}" / "cells.zarr"
+    folder, settings = a.out / f"data_{seed}", {"cells": a.cells, "donors": 10, "seed": seed}
+    images, store, begun = folder / "images", folder / "cells.zarr", folder / "settings.json"
+    if not finished(folder, begun, settings):
+        folder.mkdir(parents=True, exist_ok=True)
+        begun.write_text(json.dumps(settings) + "\n")
     if not store.exists():
         if not images.exists():
-            imgshared.simulate(images, cells=a.cells, donors=10, seed=seed, console=Console())
+            imgshared.simulate(images, **settings, console=Console())
         imgshared.prepare(images / "manifest.csv", store, cells=images / "cells.csv", console=Console())
     return Path(store)
 
 
-def folder(a: argparse.Namespace, seed: int, without: str | None) -> Path:
-    """Where a run is."""
-    return Path(a.out / (f"all_terms_{seed}" if without is None else f"without_{without}_{seed}"))
-
-
-def as_shipped(a: argparse.Namespace, seed: int) -> Run:
-    """Train the configuration that users start from."""
-    run = Path(a.out / f"as_shipped_{seed}")
-    overrides = [f"data={stored(a, seed)}", f"seed={seed}", f"method.epochs={a.subset_epochs}", *SPLIT]
-    experiment = load(Experiment, ROOT / "configs" / "translator.yaml", overrides)
-    return imgshared.train(experiment, out=run, resume=run.exists(), console=Console())
-
-
-def one(a: argparse.Namespace, seed: int, without: str | None) -> dict[str, Any]:
-    """Train and evaluate with all terms but one, and return its figures."""
-    run, store = folder(a, seed, without), stored(a, seed)
-    report = run / "evaluation" / "cells"
-    if not (report / "metrics.json").exists():
+def trained(a: argparse.Namespace, run: Path, seed: int, *settings: str) -> Run:
+    """Train configs/translator.yaml with other settings, or open the finished run."""
+    overrides = [f"data={stored(a, seed)}", f"seed={seed}", *SPLIT, *settings]
+    said, done = experiment_settings("translator", overrides), run / "done"
+    if not finished(done, done, said):
         Console().rule(run.name)
-        weights = [f"method.weights.{k}={0 if k == without else v}" for k, v in TERMS.items()]
-        weights += ["method.weights.sharp=0"] if without == "adversarial" else []
-        overrides = [f"data={store}", f"seed={seed}", f"method.epochs={a.epochs}", *SPLIT, *weights]
         experiment = load(Experiment, ROOT / "configs" / "translator.yaml", overrides)
-        trained = imgshared.train(experiment, out=run, resume=run.exists(), console=Console())
+        imgshared.train(experiment, out=run, resume=run.exists(), console=Console())
+        done.write_text(json.dumps(said) + "\n")
+    return imgshared.load_run(run)
+
+
+def one(a: argparse.Namespace, seed: int, name: str, weights: dict[str, float]) -> dict[str, Any]:
+    """Train and evaluate with these weights of the terms, and return the figures."""
+    settings = [f"method.epochs={a.epochs}", *(f"method.weights.{k}={v}" for k, v in weights.items())]
+    run, store = trained(a, a.out / f"{name}_{seed}", seed, *settings), stored(a, seed)
+    report = run.path / "evaluation" / "cells"
+    if not (report / "metrics.json").exists():
         factors = [*SHARED, *SPECIFIC.values()]
-        imgshared.evaluate(trained, store, console=Console(), factors=factors, seed=seed)
-    return read(report) | detail(imgshared.load_run(run), CellStore(store))
+        imgshared.evaluate(run, store, console=Console(), factors=factors, seed=seed)
+    figures = {**read(report), **detail(run, CellStore(store))}
+    return {"seed": seed, **figures, "train s": train_seconds(run.path)}
+
+
+def ablation(a: argparse.Namespace) -> Rows:
+    """Return the figures with all terms on, and without each; without adversarial there is no sharp output."""
+    rows = []
+    for seed in a.ablation_seeds:
+        rows.append({"without": "nothing", **one(a, seed, "all_terms", TERMS)})
+        for term in TERMS:
+            off = {**TERMS, term: 0, **({"sharp": 0} if term == "adversarial" else {})}
+            rows.append({"without": term, **one(a, seed, f"without_{term}", off)})
+    return rows
 
 
 def read(report: Path) -> dict[str, float]:
@@ -120,13 +164,14 @@ def read(report: Path) -> dict[str, float]:
         "greatest": float(of_dna[list(SPECIFIC.values())].max()),
         "specific factors, own z_m": float(np.mean(own)),
         "least": min(own),
+        "specific factors, z_s of own protein": float(np.mean([probes[f"z_s [{m}]", f] for m, f in SPECIFIC.items()])),
         "r": float(fidelity["pearson"]),
         "intensity Spearman": float(fidelity["intensity_spearman"]),
     }
 
 
 def detail(run: Run, store: CellStore, cells: int = 500) -> dict[str, float]:
-    """Return the median spectral ratio of predicted (sharp) stains of some held-out cells, mean over markers."""
+    """Return how many-fold the detail of predicted (sharp) stains is off, by some held-out cells: 1 is right."""
     held_out = np.flatnonzero(store.obs["group"].isin(HELD_OUT))
     some = held_out[:: max(1, len(held_out) // cells)]
     done = predict_cells(run, store, some, full=False, shared=False, latents=False, sharp=run.method.sharp)
@@ -135,15 +180,17 @@ def detail(run: Run, store: CellStore, cells: int = 500) -> dict[str, float]:
     for marker in run.panel.proteins:
         c = run.panel.index(marker)
         rows = done.measured[:, c]
-        ratios.append(np.nanmedian(scores.spectral_ratio(done.real[rows, c], images[rows, c])))
-    return {"detail": float(np.mean(ratios))}
+        ratios.append(float(np.nanmedian(scores.spectral_ratio(done.real[rows, c], images[rows, c]))))
+    return {"detail, fold off": fold_off(ratios)}
 
 
-def subsets(run: Run, store: CellStore) -> list[dict[str, Any]]:
+def subsets(a: argparse.Namespace, seed: int) -> Rows:
     """Return the error on each protein by the number of other stains that are given."""
+    run = trained(a, a.out / f"as_shipped_{seed}", seed, f"method.epochs={a.subset_epochs}")
+    store = CellStore(stored(a, seed))
     held_out = np.flatnonzero(store.obs["group"].isin(HELD_OUT))
     measured = store.measured[held_out]
-    rows = []
+    rows: Rows = []
     for marker in run.panel.proteins:
         hidden = store.panel.index(marker)
         # Cells of one staining batch hold the same proteins; take the first that holds this one.
@@ -155,19 +202,16 @@ def subsets(run: Run, store: CellStore) -> list[dict[str, Any]]:
         given = [[run.panel.chromatin], *([run.panel.chromatin, m] for m in others), [run.panel.chromatin, *others]]
         errors = [_error(run, store, cells, marker, sources) for sources in given]
         row = {"chromatin": errors[0], "and one": float(np.mean(errors[1:-1])), "and all": errors[-1]}
-        rows.append({"hidden": marker, "others": ", ".join(others), **row, "all / chromatin": errors[-1] / errors[0]})
-    mean = {str(k): v for k, v in pd.DataFrame(rows).mean(numeric_only=True).items()}
-    return [*rows, {"hidden": "mean", "others": "", **mean}]
+        names = {"seed": seed, "hidden": marker, "others": ", ".join(others)}
+        rows.append({**names, **row, "all / chromatin": errors[-1] / errors[0]})
+    mean = {str(k): v for k, v in pd.DataFrame(rows).drop(columns="seed").mean(numeric_only=True).items()}
+    return [*rows, {"seed": seed, "hidden": "mean", "others": "", **mean}]
 
 
 def _error(run: Run, store: CellStore, cells: Any, marker: str, sources: list[str]) -> float:
     done = predict_cells(run, store, cells, sources=sources, full=False, shared=False, latents=False)
     c = run.panel.index(marker)
     return float(np.mean((done.images["predicted"][:, c] - done.real[:, c]) ** 2))
-
-
-def _figures(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if k != "seed"}
 
 
 if __name__ == "__main__":
