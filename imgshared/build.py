@@ -139,8 +139,7 @@ def _refuse_ignored(config: MethodConfig) -> None:
             ignored = {name: f"method.one_step={str(config.one_step).lower()}" for name in
                        (two_step if config.one_step else ("kl_weight", "match_weight"))}  # fmt: skip
         case TranslatorConfig():
-            if not any(weight for name, weight in dataclasses.asdict(config.weights).items() if name != "r1"):
-                raise InputError("method.weights: all are 0, so there is nothing to learn: set full, shared or cross")
+            _refuse_vain(config)
             ignored = _ignored_by_translator(config)
         case CutConfig(nce_weight=0):
             contrastive = ("identity_weight", "temperature", "patches", "nce_layers", "negatives")
@@ -163,6 +162,19 @@ def _refuse_ignored(config: MethodConfig) -> None:
             raise InputError(f"method.{name} has no effect with {reason}: leave it out, or set it to {shown}")
 
 
+def _refuse_vain(config: TranslatorConfig) -> None:
+    """Refuse weights of which no training comes: of terms that never find anything, or none that teaches to draw."""
+    w = config.weights
+    hides = config.chromatin_only or config.hide or config.visible_proteins is not None
+    if w.cross and not hides:
+        raise InputError(
+            "method.weights.cross is the error of hidden stains, and method.chromatin_only=0, hide=0 and "
+            "visible_proteins=null hide none: set one of them, or cross to 0"
+        )
+    if not (w.full or w.shared or w.cross or w.identity or w.adversarial or w.cycle):
+        raise InputError("method.weights: no term teaches to draw a stain: set full, shared or cross")
+
+
 def _ignored_by_translator(config: TranslatorConfig) -> dict[str, str]:
     w = config.weights
     groups = (
@@ -170,6 +182,7 @@ def _ignored_by_translator(config: TranslatorConfig) -> dict[str, str]:
          ("adversarial", "discriminator_channels", "discriminator_sees_source", "lr_discriminator", "weights.r1",
           "weights.sharp")),
         (not w.cross, "method.weights.cross=0", ("weights.sharp",)),
+        (not (w.cross or w.agreement or w.independence), "no term of hidden stains", ("hidden_proteins",)),
         (not w.patch_nce, "method.weights.patch_nce=0", ("temperature", "patches", "negatives")),
         (not w.agreement, "method.weights.agreement=0", ("agreement",)),
         (not w.independence, "method.weights.independence=0", ("independence",)),

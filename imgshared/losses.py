@@ -148,8 +148,9 @@ def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
 def hsic(a: Tensor, b: Tensor) -> Tensor:
     """Biased HSIC tr(KHLH) / (B - 1)^2 of (B, D1) and (B, D2) rows, in [0, 1) (Gretton et al. 2005, definition 2).
 
-    Gaussian kernels exp(-d^2 / 2 s^2) of bandwidth s the median distance, detached: the latents' scale does not matter.
-    0 for fewer than two rows, or where a side has no columns.
+    Gaussian kernels exp(-d^2 / 2 s^2) of bandwidth s the median distance: the latents' scale does not matter, nor does
+    the gradient change it, as it would first of all if the bandwidth were held fixed. 0 for fewer than two rows, or
+    where a side has no columns.
     """
     a, b = _wide(a), _wide(b)
     if len(a) < 2 or not a.shape[1] or not b.shape[1]:
@@ -202,6 +203,6 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _bandwidth(rows: Tensor) -> Tensor:
-    """The (lower) median distance of two rows, detached; 1 where most rows coincide."""
-    median = torch.pdist(rows.detach()).median()
+    """The (lower) median distance of two rows; 1 where most rows coincide."""
+    median = torch.pdist(rows).median()
     return torch.where(median > 0, median, 1)

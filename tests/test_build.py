@@ -70,7 +70,13 @@ def default(name: str) -> str:
         (["name=cyclegan", "cycle_weight=0"], "method.identity_weight is relative to method.cycle_weight"),
         (["name=mvae", "beta=0", "anneal=0.5"], "method.anneal has no effect with method.beta=0"),
         (["name=translator", "fusion=product", "weights.full=0", "latent_noise=1"], "method.latent_noise has no eff"),
-        (["name=translator", *(f"weights.{term}=0" for term in ("full", "shared", "cross"))], "method.weights: all a"),
+        (["name=translator", *(f"weights.{term}=0" for term in ("full", "shared", "cross"))], "method.weights: no te"),
+        (["name=translator", "weights={full: 0, shared: 0, cross: 0, agreement: 1}"], "method.weights: no term te"),
+        (["name=translator", "weights.cross=0", "hidden_proteins=9"], "method.hidden_proteins has no effect with no"),
+        (
+            ["name=translator", "chromatin_only=0", "hide=0", "visible_proteins=null"],
+            "method.weights.cross is the error of hidden stains",
+        ),
     ],
 )  # fmt: skip
 def test_what_other_methods_would_ignore_is_refused(settings: list[str], said: str) -> None:

@@ -52,10 +52,11 @@ class TranslatorWeights:
     shared: Weight = 0.1  # each visible stain from the fused shared maps alone
     cross: Weight = 1.0  # each hidden stain from the shared maps of the visible ones
     agreement: Weight = 0.0  # shared latents of a cell's stains find each other
-    independence: Weight = 0.0  # shared and specific latents of a stain tell nothing of each other
+    # shared and specific latents of a stain tell nothing of each other; of stains that 8 cells of a step show
+    independence: Weight = 0.0
     patch_nce: Weight = 0.0  # patches of a translated image find their patches in the source (CUT)
-    # each hidden stain in a second output, the mean with texture; above 0 adversarial teaches that output alone, and
-    # patch_nce and cycle judge it, too
+    # the stain that a cell is translated to, where it is known, in a second output, the mean with texture; above 0
+    # adversarial teaches that texture alone; patch_nce and cycle judge it, too, and teach the encoders beside it
     sharp: Weight = 0.0
     adversarial: Weight = 0.0  # a discriminator takes translated for real stains
     r1: Weight = 0.0  # gradient penalty of the discriminator on real stains
@@ -80,7 +81,7 @@ class TranslatorConfig:
     # Gaussian experts
     fusion: Literal["mean", "product"] = "mean"
     head: Literal["mean", "laplace", "gaussian"] = "mean"  # the last two also predict a scale a pixel
-    error: Literal["l1", "l2"] = "l2"  # of a mean head
+    error: Literal["l1", "l2"] = "l2"  # of a mean head and of the sharp output
     marker_dim: Count = 32
     chromatin_only: Probability = 0.6  # of the cells show chromatin alone: the usual question in use
     hide: Probability = 0.5  # of the stains of the other cells; one always stays visible
@@ -91,7 +92,8 @@ class TranslatorConfig:
     translated: Count | None = None
     latent_noise: Weight = 0.0  # standard deviation of noise on the maps; product: on the specific ones alone
     weights: TranslatorWeights = dataclasses.field(default_factory=TranslatorWeights)
-    translation_from: Probability = 0.0  # the part of the training before which patch_nce, adversarial and cycle rest
+    # the part of the training before which patch_nce, adversarial, sharp and cycle rest
+    translation_from: Probability = 0.0
     agreement: Literal["infonce", "triplet"] = "infonce"
     independence: Literal["hsic", "cross_covariance"] = "hsic"
     temperature: Positive = 0.07  # of patch_nce

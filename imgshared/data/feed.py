@@ -52,6 +52,9 @@ class Feed:
     parts
         Parts that a rank cuts its share of a batch into. What a part holds depends on the number of parts over all
         ranks, not on which rank draws it.
+    whole
+        Whether an epoch ends with a smaller batch of the cells that are left, of which a part may be empty. Otherwise
+        they wait for the next epoch's shuffle.
     """
 
     store: CellStore
@@ -67,6 +70,7 @@ class Feed:
     balance: Literal["cells", "panels"] = "cells"
     stained: NDArray[np.bool_] | None = None
     parts: int = 1
+    whole: bool = False
 
     def __post_init__(self) -> None:
         stained = self._pick(self.store.measured[self.cells]) if self.stained is None else self.stained
@@ -82,8 +86,9 @@ class Feed:
 
     @property
     def steps(self) -> int:
-        """Steps an epoch; a last part of a batch waits for the next epoch's shuffle."""
-        return max(1, len(self.cells) // self.batch_size)
+        """Steps an epoch, at least one."""
+        full, left = divmod(len(self.cells), self.batch_size)
+        return max(1, full + (self.whole and left > 0))
 
     def epoch(self, epoch: int, start: int = 0, augment: Augment | None = None) -> Iterator[Batch]:
         """Yield this rank's parts of the batches of an epoch, one after the other, from step `start` on."""
@@ -98,7 +103,9 @@ class Feed:
         geometry = augment.geometry if augment else None
         work = ((rows(*place), geometry, mix(self.seed, epoch, *place)) for place in places)
         for place, batch in zip(places, self._batches(work), strict=True):
-            yield augment.intensity(batch, mix(self.seed, epoch, *place, 1)) if augment else batch
+            if augment and len(batch.index):
+                batch = augment.intensity(batch, mix(self.seed, epoch, *place, 1))
+            yield batch
 
     def _order(self, generator: torch.Generator) -> Tensor:
         """Shuffle; with balanced panels their cells take turns, and a panel of few cells begins anew."""
@@ -132,6 +139,7 @@ class Feed:
         raw = self._read(self.cells[rows.numpy()]) if self._crops is None else self._crops[rows.to(self._crops.device)]
         if raw.dtype == torch.int16:  # 16 bits without a sign, see `_read`
             raw = raw.view(torch.uint16) if self.device.type == "cpu" else raw.to(torch.int32) & 0xFFFF
+        geometry = geometry if len(rows) else None
         if geometry is not None and self.device.type == "cpu":
             raw, geometry = geometry(raw, seed), None
         return rows, raw, geometry, seed

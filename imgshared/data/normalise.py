@@ -99,8 +99,8 @@ def fit_normaliser(
     Raises
     ------
     InputError
-        Where a marker is measured in none of the cells or is constant in them; the message names it. Where `low` is
-        not below `high`.
+        Where a marker is measured in none of the cells or is constant in them; the message names it and, since no panel
+        can go without chromatin, another way out for that. Where `low` is not below `high`.
     """
     if low >= high:
         raise InputError(f"normalise.low = {low:g} must be below normalise.high = {high:g}: both are percentiles")
@@ -109,11 +109,11 @@ def fit_normaliser(
     measured = store.measured[np.ix_(cells, np.asarray(channels))] if measured is None else measured
     for channel, known in zip(channels, measured.T, strict=True):
         marker = store.panel.markers[channel]
-        stained = cells[known]
+        stained, advice = cells[known], "leave it out (markers=...) or change the split"
+        if marker == store.panel.chromatin:
+            advice = "it is chromatin, which every panel keeps: change the split, or prepare with another chromatin=..."
         if not len(stained):
-            raise InputError(
-                f"marker {marker!r} is measured in no training cell: leave it out (markers=...) or change the split"
-            )
+            raise InputError(f"marker {marker!r} is measured in no training cell: {advice}")
         chosen = np.sort(rng.choice(stained, min(len(stained), FIT_CELLS), replace=False))
         raw = torch.from_numpy(store.images(chosen)[:, channel].astype(np.float32))
         x = Normaliser(transform, cofactor, (0.0,), (1.0,)).forward(raw[:, None]).numpy()
@@ -121,6 +121,6 @@ def fit_normaliser(
         if not top > bottom:
             top = x.max()  # sparse counts: the percentile itself may be background
         if not top > bottom:
-            raise InputError(f"marker {marker!r} is constant over the training cells: leave it out (markers=...)")
+            raise InputError(f"marker {marker!r} is constant over the training cells: {advice}")
         bounds.append((float(bottom), float(top)))
     return Normaliser(transform, cofactor, tuple(b for b, _ in bounds), tuple(t for _, t in bounds))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from imgshared.config import ApolloConfig
 from imgshared.losses import gaussian_kl, latent_norm, reconstruction
-from imgshared.methods.base import LatentMethod, ParameterGroup, Stage, refuse_without_partner, sum_terms
+from imgshared.methods.base import LatentMethod, ParameterGroup, Stage, never_joined, refuse_without_partner, sum_terms
 from imgshared.methods.noise import drawn, fixed_noise
 from imgshared.models.decoder import LatentDecoder
 from imgshared.models.encoder import SplitEncoder
@@ -108,6 +108,10 @@ class Apollo(LatentMethod):
         self.tables = {"shared": LatentTable(len(measured), self.config.shared_dim, std, seed)}
         if self.config.specific_dim:
             self.tables["specific"] = LatentTable(int(measured.sum()), self.config.specific_dim, std, seed + 1)
+
+    def doubts(self, measured: Tensor, markers: Sequence[str]) -> list[str]:
+        """Name the stains that nothing joins with chromatin."""
+        return never_joined(measured, self.chromatin, markers)
 
     def loss(self, batch: Batch, player: str) -> LossTerms:
         """Return the loss of the current stage."""

@@ -47,6 +47,9 @@ class Stage:
         Whether the batches may be augmented.
     lr_decay
         The last part of the stage, in [0, 1], over which the learning rates fall linearly to zero.
+    whole
+        Whether an epoch goes on to its last cell, with a smaller batch. Otherwise the cells that fill no batch wait for
+        the next epoch's shuffle.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Stage:
     monitored: bool = True
     augment: bool = True
     lr_decay: float = 0.0
+    whole: bool = False
 
 
 UNPAIRED = "learn from unpaired cells with configs/translator_unpaired.yaml, configs/cut.yaml or configs/cyclegan.yaml"
@@ -142,8 +146,9 @@ class Method(nn.Module, ABC):
     def loss(self, batch: Batch, player: str) -> LossTerms:
         """Return the training loss of a batch for one player of the current stage.
 
-        Parts named ``adversarial`` are moves of a game, not a measure of success: the loop leaves them out where it
-        looks for divergence.
+        Its `count` is 0 where the batch has nothing to tell the player, which then does not move. Parts named
+        ``adversarial`` are moves of a game, not a measure of success: the loop leaves them out where it looks for
+        divergence.
         """
 
     @abstractmethod
@@ -157,7 +162,7 @@ class Method(nn.Module, ABC):
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
         """Predict the `targets` (channels) from the stains that `measured` marks, and from nothing else."""
 
-    def doubts(self, measured: Tensor) -> list[str]:
+    def doubts(self, measured: Tensor, markers: Sequence[str]) -> list[str]:
         """Return what a user should know before a training on cells that show these stains (N, C): a sentence each."""
         return []
 
@@ -201,15 +206,33 @@ def refuse_unpaired(panel: Panel, measured: Tensor, sources: Sequence[int], name
     for target in (c for c in range(len(panel)) if c not in sources):
         if not (whole & measured[:, target]).any():
             names = ", ".join(panel.markers[c] for c in sources)
+            without = "leave the marker out (markers=...), or "
             raise InputError(
                 f"{name} learns from cells that show {names} and {panel.markers[target]} together, and no training "
-                f"cell does: leave the marker out (markers=...), or {UNPAIRED}"
+                f"cell does: {'' if target == panel.chromatin_index else without}{UNPAIRED}"
             )
 
 
 def with_partner(measured: Tensor, chromatin: int) -> Tensor:
     """(N,) bool: which cells of (N, C) `measured` show chromatin and another stain."""
     return measured[:, chromatin] & (measured.sum(1) > 1)
+
+
+def never_joined(measured: Tensor, chromatin: int, markers: Sequence[str]) -> list[str]:
+    """Say of each stain that no chain of (N, C) `measured` cells joins with chromatin that it cannot be told from it.
+
+    Joined is what some cell shows beside chromatin, or beside a stain that is joined itself.
+    """
+    beside = measured.T.float() @ measured.float() > 0
+    reached, further = torch.zeros_like(beside[chromatin]), beside[chromatin]
+    while not torch.equal(further, reached):
+        reached, further = further, beside[further].any(0)
+    return [
+        f"{marker}: no training cell shows it beside {markers[chromatin]} or a stain that others show beside "
+        f"{markers[chromatin]}, so nothing teaches to predict it from there"
+        for marker, apart in zip(markers, measured.any(0) & ~reached, strict=True)
+        if apart
+    ]
 
 
 def refuse_without_partner(measured: Tensor, chromatin: int, name: str) -> None:

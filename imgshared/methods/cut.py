@@ -3,8 +3,10 @@
 One generator G and one discriminator D of the target stains; the contrastive loss takes the place of the way back that
 CycleGAN learns. FastCUT is `nce_weight` 10, `identity_weight` 0 and `flip_equivariance`.
 
-Unlike the published code: the generator is CycleGAN's, with strided convolutions where CUT's resamples with a blur
-against aliasing, and has 6 blocks by default where CUT's has 9; and both move at once, by gradients of the same step.
+Unlike the published code: generator and discriminator are CycleGAN's, with strided convolutions where CUT's resample
+with a blur against aliasing; the generator has 6 blocks by default where CUT's has 9; all weights start from
+N(0, 0.02^2), as in CycleGAN, where CUT draws them by Xavier's rule with a gain of 0.02; and both players move at once,
+by gradients of the same step, where CUT's discriminator moves first.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class CycleGan(UnpairedMethod):
     G translates the source x to a marker, F a stain y of a marker to the source. They lower, as in the published code,
     ``adversarial(G(x)) + adversarial(F(y)) + cycle_weight * (|F(G(x)) - x| + |G(F(y)) - y|)
     + cycle_weight * identity_weight * (|G(y) - y| + |F(x) - x|)``, mean absolute errors (eq. 1-3 and section 5.2).
-    The discriminators see a pool of earlier translations (section 4).
+    The discriminators see a pool of earlier translations (section 4), of which each process keeps its own.
 
     Parameters
     ----------
@@ -96,13 +96,14 @@ class CycleGan(UnpairedMethod):
         return [way.there(way.images, way.markers) for way in self._ways(views)]
 
     def discriminator_loss(self, views: Views, fakes: Sequence[Tensor]) -> LossTerms:
-        """Real stains against earlier and new translations, of the targets and of the source."""
+        """Real stains against earlier and new translations, of the targets and of the source; two accuracies."""
         stains, towards = self.pool.exchange(fakes[0], views.towards)
         sources, markers = self.source_pool.exchange(fakes[1], views.markers)
         target = self.judge(self.discriminator, views.reals, views.markers, stains, towards)
         source = self.judge(self.source_discriminator, views.sources, views.towards, sources, markers)
-        parts = {name: target.parts[name] + source.parts[name] for name in target.parts}
-        return LossTerms(target.total + source.total, {**parts, "accuracy": parts["accuracy"] / 2})
+        parts = {name: target.parts[name] + source.parts[name] for name in target.parts if name != "accuracy"}
+        each = {f"{of}/accuracy": terms.parts["accuracy"] for of, terms in (("target", target), ("source", source))}
+        return LossTerms(target.total + source.total, parts | each)
 
     def validate(self, batch: Batch) -> LossTerms:
         """Mean absolute error of held-out stains after the way there and back, which tells nothing of what is there."""

@@ -105,6 +105,11 @@ def rows_showing(measured: Tensor, channels: Tensor) -> Tensor:
     return torch.multinomial(measured[:, channels].T.float(), 1)[:, 0]
 
 
+def first_of_each(values: Tensor) -> Tensor:
+    """(N,) bool: whether a value is the first of its kind in (N,)."""
+    return ~(values[:, None] == values).tril(-1).any(1)
+
+
 def few(rows: Tensor, limit: int | None) -> Tensor:
     """Draw at most `limit` of (N,) rows; all, in order, where there are no more, or for None."""
     if limit is None or len(rows) <= limit:

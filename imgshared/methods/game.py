@@ -41,11 +41,28 @@ def accuracy(real: Tensor, fake: Tensor, kind: Literal["lsgan", "hinge", "bce"])
 
 
 def signs_of_defeat(values: Mapping[str, float], r1: str) -> list[str]:
-    """Say where the discriminator wins every time; `r1` is the setting that holds it back."""
-    share = values.get("discriminator/accuracy", 0.0)
-    if share <= WON:
+    """Say of each discriminator that wins every time; `r1` is the setting that holds it back.
+
+    Its share of patches told right is ``discriminator/accuracy``, of several ``discriminator/<of what>/accuracy``.
+    """
+    signs = []
+    for name, share in values.items():
+        judge, _, term = name.rpartition("/")
+        if judge.startswith("discriminator") and term == "accuracy" and share > WON:
+            of = judge.removeprefix("discriminator").replace("/", " of the ")
+            signs.append(
+                f"the discriminator{of} tells real from predicted every time ({100 * share:.1f}% of the patches), so "
+                f"its gradient is spent: lower method.lr_discriminator or set {r1}"
+            )
+    return signs
+
+
+def signs_of_rest(values: Mapping[str, float], held: str) -> list[str]:
+    """Say where the discriminator had nothing to judge in a whole epoch; `held` is what no part of a batch did hold."""
+    if any(name.startswith("discriminator/") for name in values):
         return []
     return [
-        f"the discriminator tells real from predicted every time ({100 * share:.1f}% of the patches), so its gradient "
-        f"is spent: lower method.lr_discriminator or set {r1}"
+        f"the discriminator had no step in the last epoch, for no part of a batch held {held}, and so the adversarial "
+        "term means nothing: raise train.batch_size, set train.balance=panels, lower train.accumulate or the number of "
+        "processes"
     ]

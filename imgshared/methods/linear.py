@@ -49,18 +49,21 @@ class Linear(PairedMethod):
 
     @property
     def stages(self) -> Sequence[Stage]:
-        """One pass, without a gradient."""
-        return [Stage("fit", 1, {"closed form": []})]
+        """One pass, without a gradient, that shows every cell."""
+        return [Stage("fit", 1, {"closed form": []}, whole=True)]
 
     def loss(self, batch: Batch, player: str) -> LossTerms:
-        """Take the batch in and return the mean squared error on it of the fit so far."""
+        """Take the batch in and return the mean squared error on it of the fit so far; no term where it has no pair."""
         pairs = self.pairs(batch)
         equations = self.ridge.equations(pairs.sources, pairs.targets, pairs.shown)
         if self.world > 1:  # so that each keeps the same fit
             for part in equations:
                 dist.all_reduce(part)
         self.ridge.add(equations)
-        return sum_terms({"l2": self.ridge.squared_error(equations)})
+        pixels = int(equations.xx[:, -1, -1].sum())
+        if not pixels:
+            return LossTerms(batch.images.new_zeros(()), {}, count=0)
+        return sum_terms({"l2": self.ridge.squared_error(equations)}, count=pixels)
 
     def validate(self, batch: Batch) -> LossTerms:
         """Mean squared error over the measured targets of cells that show all sources."""

@@ -11,7 +11,6 @@ from imgshared import losses
 from imgshared.config import TranslatorConfig
 from imgshared.data.panel import Panel
 from imgshared.methods.base import LatentMethod, sum_terms, with_partner
-from imgshared.models.pyramid import pool_to_middle
 from imgshared.models.translation import Maps, TranslationNetwork
 from imgshared.types import Batch, Latents, LossTerms, Prediction
 
@@ -89,11 +88,12 @@ class MapMethod(LatentMethod):
         """Pool the maps about the middle of the crop: the levels' channels, one after the other."""
         _, fused, (cells, channels, maps) = self._fused(images, measured)
         b, c = measured.shape
-        shared, specific = pool_to_middle(maps.shared), pool_to_middle(maps.specific)
+        size = size_of(images)
+        shared, specific = self.network.pool(maps.shared, size), self.network.pool(maps.specific, size)
         each = shared.new_zeros(b, c, shared.shape[1])
         own = specific.new_zeros(b, c, specific.shape[1])
         each[cells, channels], own[cells, channels] = shared, specific
-        return Latents(pool_to_middle(fused.shared), each, own, measured)
+        return Latents(self.network.pool(fused.shared, size), each, own, measured)
 
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
         """Draw each target from the fused shared maps of the measured stains; images of any size."""

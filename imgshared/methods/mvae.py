@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from imgshared.config import MvaeConfig
 from imgshared.data.panel import Panel
 from imgshared.losses import kl_per_dimension, reconstruction
-from imgshared.methods.base import LatentMethod, ParameterGroup, Stage, refuse_without_partner, sum_terms
+from imgshared.methods.base import LatentMethod, ParameterGroup, Stage, never_joined, refuse_without_partner, sum_terms
 from imgshared.methods.draws import at_most
 from imgshared.methods.noise import drawn, fixed_noise
 from imgshared.models.decoder import LatentDecoder
@@ -87,6 +87,10 @@ class Mvae(LatentMethod):
         super().prepare(measured, seed)
         refuse_without_partner(measured, self.chromatin, self.config.name)
 
+    def doubts(self, measured: Tensor, markers: Sequence[str]) -> list[str]:
+        """Name the stains that nothing joins with chromatin."""
+        return never_joined(measured, self.chromatin, markers)
+
     def loss(self, batch: Batch, player: str) -> LossTerms:
         """Negative ELBO of all stains of a cell, of each alone and of random subsets (eq. 5), mean over the cells.
 
@@ -95,8 +99,10 @@ class Mvae(LatentMethod):
         likelihood is a mean over pixels and the KL, summed over the latent dimensions, is divided by their number, so
         that beta = 1 is the true bound. The likelihood "bce" is Bernoulli, "mse" Gaussian of variance 1/2.
 
-        `active_dimensions`, the number of latent dimensions whose KL, given all stains and averaged over the batch,
-        exceeds 0.01 nats, is no term of the loss.
+        What is watched is no term of the loss: the KL of each latent dimension, averaged over the batch, given all
+        stains, chromatin alone (`chromatin/...`) and one protein alone (`protein/...`). `kl_low`, `kl_median` and
+        `kl_high` are its 10%, 50% and 90% quantiles over the dimensions, in nats; `active_dimensions` counts those that
+        exceed 0.01.
         """
         proteins = batch.measured.clone()
         proteins[:, self.chromatin] = False
@@ -131,8 +137,12 @@ class Mvae(LatentMethod):
             parts[modality] = share * reconstruction(logits, target, self.config.likelihood)
         kl = kl_per_dimension(mean, log_std).sum() * len(mean) / n
         terms = sum_terms({**parts, "kl": beta * kl / self.pixels})
-        active = (kl_per_dimension(mean[:n], log_std[:n]) > ACTIVE).sum()
-        return LossTerms(terms.total, {**terms.parts, "active_dimensions": active.float()})
+        watched = spread_of_kl(mean[:n], log_std[:n])
+        one = slice(n, n + len(cells))
+        for modality, rows, _ in self._by_modality(masks[one]):
+            found = spread_of_kl(mean[one][rows], log_std[one][rows])
+            watched |= {f"{modality}/{name}": value for name, value in found.items()}
+        return LossTerms(terms.total, {**terms.parts, **watched})
 
     def encode(self, images: Tensor, measured: Tensor) -> Latents:
         """Return posterior means: of all marked stains together, and of each alone; nothing is specific."""
@@ -166,15 +176,16 @@ class Mvae(LatentMethod):
         return out
 
     def signs(self, values: Mapping[str, float]) -> list[str]:
-        """Say where hardly any latent dimension carries information."""
-        n = self.config.latent_dim
-        active = values.get("active_dimensions", n)
-        if active >= COLLAPSED * n:
-            return []
-        return [
-            "hardly any latent dimension carries information "
-            f"({active:.0f} of {n}): posterior collapse; lower method.beta or raise method.anneal"
-        ]
+        """Say where hardly any latent dimension carries information: of all stains, or of one, as predictions start."""
+        n, signs = self.config.latent_dim, []
+        for given, what in (("", ""), ("chromatin/", " of chromatin alone"), ("protein/", " of a protein alone")):
+            active = values.get(f"{given}active_dimensions", n)
+            if active < COLLAPSED * n:
+                signs.append(
+                    f"hardly any latent dimension carries information{what} ({active:.0f} of {n}): posterior collapse; "
+                    "lower method.beta or raise method.anneal"
+                )
+        return signs
 
     def _by_modality(self, marked: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield (modality, rows, channels) of the stains marked in (R, C) bool."""
@@ -206,6 +217,14 @@ def _posteriors(experts: Experts, owner: Tensor, masks: Tensor) -> tuple[Tensor,
     rows, channels = masks.nonzero(as_tuple=True)
     cells = owner[rows]
     return fuse_product(experts.mean[cells, channels], experts.log_std[cells, channels], rows, len(masks))
+
+
+@torch.no_grad()
+def spread_of_kl(mean: Tensor, log_std: Tensor) -> dict[str, Tensor]:
+    """Return how the mean KL of each dimension of (R, D) posteriors is spread over the dimensions; see `Mvae.loss`."""
+    kl = kl_per_dimension(mean, log_std)
+    low, median, high = kl.quantile(kl.new_tensor([0.1, 0.5, 0.9]))
+    return {"kl_low": low, "kl_median": median, "kl_high": high, "active_dimensions": (kl > ACTIVE).sum().float()}
 
 
 def random_subsets(shown: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from imgshared.methods.base import Method, refuse_unpaired
 from imgshared.types import Batch, InputError, Prediction
 
 KNOWN = 1e-6  # standard deviation of a source "predicted" from itself
+FEW_PAIRS = 100  # cells with the sources and a target, below which a user is warned
 
 
 class Pairs(NamedTuple):
@@ -74,6 +75,17 @@ class PairedMethod(Method):
         """Refuse cells among which a target is never seen together with the sources."""
         super().prepare(measured, seed)
         refuse_unpaired(self.panel, measured, self.sources, self.config.name)
+
+    def doubts(self, measured: Tensor, markers: Sequence[str]) -> list[str]:
+        """Name the targets that few cells show together with the sources, where more cells show them at all."""
+        whole, sources = measured[:, list(self.sources)].all(1), ", ".join(markers[c] for c in self.sources)
+        pairs, alone = measured[whole].sum(0).tolist(), measured.sum(0).tolist()
+        return [
+            f"{markers[c]}: {pairs[c]} of the {alone[c]} training cells that show it show {sources}, too, and "
+            f"{self.config.name} learns from these alone: expect little of it"
+            for c in self.targets
+            if pairs[c] < min(FEW_PAIRS, alone[c])
+        ]
 
     def pairs(self, batch: Batch) -> Pairs:
         """Return the cells to learn from; there may be none."""

@@ -47,9 +47,14 @@ class Pix2pix(PairedMethod):
     """A U-Net translates the sources; a patch discriminator judges pairs of sources and one stain.
 
     Minimises over G, maximises over D: E log D(x, y) + E log(1 - D(x, G(x))), and over G lambda E |y - G(x)| (eq. 4).
-    With several targets G predicts all of them and D, conditioned on the marker, judges one at a time. The paper's
-    noise is the dropout in G; it is off in prediction. The discriminator has BatchNorm as in the paper, and no norm
-    with an R1 penalty: that is the slope at single images, which BatchNorm mixes.
+    With several targets G predicts all of them and D, conditioned on the marker, judges one at a time. The
+    discriminator has BatchNorm as in the paper, and no norm with an R1 penalty: that is the slope at single images,
+    which BatchNorm mixes.
+
+    Unlike the paper: in prediction dropout, its noise, is off, and BatchNorm goes by running averages, where the paper
+    keeps the noise and takes the statistics of the test batch, so that a cell is predicted the same in any company.
+    Both players move at once, by gradients of the same step: G is judged by the D from before its update, where the
+    published code updates D first.
 
     Parameters
     ----------

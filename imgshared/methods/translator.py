@@ -17,13 +17,23 @@ from torch import Tensor, nn
 from imgshared import losses
 from imgshared.config import TranslatorConfig
 from imgshared.data.panel import Panel
-from imgshared.methods.base import ParameterGroup, Stage, no_terms, sum_terms
-from imgshared.methods.draws import Stains, at_most, draw_targets, few, list_stains, rows_showing, show, some
-from imgshared.methods.game import BETAS, discriminator_terms, signs_of_defeat
+from imgshared.methods.base import ParameterGroup, Stage, never_joined, no_terms, sum_terms
+from imgshared.methods.draws import (
+    Stains,
+    at_most,
+    draw_targets,
+    few,
+    first_of_each,
+    list_stains,
+    rows_showing,
+    show,
+    some,
+)
+from imgshared.methods.game import BETAS, discriminator_terms, signs_of_defeat, signs_of_rest
 from imgshared.methods.maps import MapMethod, size_of
 from imgshared.models.discriminator import PatchDiscriminator, check_fits
 from imgshared.models.patches import PatchProjection, sample_positions
-from imgshared.models.pyramid import pool_to_middle
+from imgshared.models.pyramid import TimmPyramid
 from imgshared.models.translation import Maps
 from imgshared.types import Batch, InputError, LossTerms
 
@@ -80,7 +90,7 @@ class Translator(MapMethod):
     Raises
     ------
     InputError
-        For a setting without effect, a discriminator that does not fit the crops, an unknown backbone.
+        For a discriminator or a backbone that does not fit the crops, an unknown backbone.
     """
 
     def __init__(self, config: TranslatorConfig, *, panel: Panel, crop_px: int) -> None:
@@ -91,6 +101,9 @@ class Translator(MapMethod):
                 f"method.channels: {len(config.channels)} levels halve the image to 1/{self.network.multiple}, crops "
                 f"are {crop_px} px: name fewer"
             )
+        for encoder in self.network.encoders:
+            if isinstance(encoder, TimmPyramid):
+                encoder.check_fits(self.network.multiple * -(-crop_px // self.network.multiple))
         self.discriminator = self.projection = None
         if self.weights.adversarial:
             check_fits(crop_px, config.discriminator_channels)
@@ -101,6 +114,10 @@ class Translator(MapMethod):
         if self.weights.patch_nce:
             self.projection = PatchProjection(self.network.widths)
         self._kept: Translated | None = None
+
+    @property
+    def _sees_source(self) -> bool:
+        return self.discriminator is not None and self.config.discriminator_sees_source
 
     @property
     def stages(self) -> Sequence[Stage]:
@@ -133,26 +150,22 @@ class Translator(MapMethod):
                     f"method.weights.{term} needs cells with two stains, and no training cell has two: set it to 0 and "
                     "learn from unpaired cells by patch_nce, cycle and adversarial, as configs/translator_unpaired.yaml"
                 )
-        if self.discriminator is not None and self.config.discriminator_sees_source and not self.paired:
+        if self._sees_source and not self.paired:
             raise InputError(
                 "method.discriminator_sees_source needs cells that show chromatin and another stain, and no training "
                 "cell does: set it to false"
             )
 
-    def doubts(self, measured: Tensor) -> list[str]:
-        """Name the stains that no cell shows beside another one, where others are learnt from such cells alone."""
+    def doubts(self, measured: Tensor, markers: Sequence[str]) -> list[str]:
+        """Name the stains that nothing joins with chromatin, where only cells with several stains teach to predict."""
         w = self.weights
-        if not w.cross or w.patch_nce or w.cycle:
+        if not w.cross or not self.paired or (w.adversarial and (w.patch_nce or w.cycle) and not self._sees_source):
             return []
-        beside = measured[measured.sum(1) > 1].any(0)
-        if not beside.any():
-            return []
-        return [
-            f"{marker}: no training cell shows it beside another stain, so that cross teaches nothing of how to "
-            "predict it; patch_nce, cycle and adversarial can, as in configs/translator_unpaired.yaml"
-            for marker, met, shown in zip(self.panel.markers, beside, measured.any(0), strict=True)
-            if shown and not met
-        ]
+        remedy = (
+            "patch_nce or cycle with adversarial and method.discriminator_sees_source=false could, as in "
+            "configs/translator_unpaired.yaml"
+        )
+        return [f"{said}; {remedy}" for said in never_joined(measured, self.panel.chromatin_index, markers)]
 
     def loss(self, batch: Batch, player: str) -> LossTerms:
         """Return the weighted terms of the generator, or the discriminator's loss on the same translations."""
@@ -237,7 +250,9 @@ class Translator(MapMethod):
     def _agreement(self, step: Step) -> Tensor:
         """Pooled shared latents of two stains of each cell that has two."""
         one, other = step.stains.pairs()
-        z = pool_to_middle(step.maps.shared)
+        first = first_of_each(step.batch.index[step.stains.cells[one]])  # a cell drawn twice is not its own stranger
+        one, other = one[first], other[first]
+        z = self.network.pool(step.maps.shared, size_of(step.batch.images))
         if self.config.agreement == "triplet":
             return losses.triplet(z[one], z[other])
         return losses.info_nce(z[one], z[other])
@@ -245,16 +260,17 @@ class Translator(MapMethod):
     def _independence(self, step: Step) -> Tensor:
         """Mean over the markers of the dependence of shared and specific latents over the cells of the batch."""
         measure = losses.hsic if self.config.independence == "hsic" else losses.cross_covariance
-        shared, specific = pool_to_middle(step.maps.shared), pool_to_middle(step.maps.specific)
+        size = size_of(step.batch.images)
+        shared, specific = self.network.pool(step.maps.shared, size), self.network.pool(step.maps.specific, size)
         channels = step.stains.channels[step.encoded]
         found = [(channels == c).nonzero()[:, 0] for c in channels.unique().tolist()]
         each = [measure(shared[rows], specific[rows]) for rows in found if len(rows) >= LEAST_ROWS]
         return torch.stack(each).mean() if each else shared.sum() * 0.0
 
     def _norm(self, step: Step) -> Tensor:
-        return losses.latent_norm(pool_to_middle(step.fused.shared)) + losses.latent_norm(
-            pool_to_middle(step.maps.specific)
-        )
+        size = size_of(step.batch.images)
+        fused, specific = self.network.pool(step.fused.shared, size), self.network.pool(step.maps.specific, size)
+        return losses.latent_norm(fused) + losses.latent_norm(specific)
 
     def _kl(self, step: Step) -> Tensor:
         levels = zip(step.fused.shared, step.fused.log_std, strict=True)
@@ -264,11 +280,11 @@ class Translator(MapMethod):
         """Translate each cell to a stain that it did not show, and judge the image without its real counterpart."""
         w, batch, stains = self.weights, step.batch, step.stains
         shown = stains.mask(len(batch.index), len(self.panel), stains.visible)
-        measured = batch.measured
-        if self.config.discriminator_sees_source:  # it knows pairs with chromatin alone
-            shown = shown & shown[:, self.panel.chromatin_index, None]
-            measured = measured & measured[:, self.panel.chromatin_index, None]
-        cells, channels = draw_targets(measured, shown)
+        judged, stained = self._judged(shown), self._judged(batch.measured)
+        if self._sees_source and not (w.patch_nce or w.cycle):  # what it cannot judge would teach nothing
+            cells, channels = draw_targets(stained, judged)
+        else:
+            cells, channels = draw_targets(batch.measured, shown)
         if not len(cells):
             return {}
         kept = few(torch.arange(len(cells), device=cells.device), self.config.translated)
@@ -279,9 +295,11 @@ class Translator(MapMethod):
             known = batch.measured[cells, channels]
             error = losses.pixel_loss(images[known], batch.images[cells, channels, None][known], self.config.error)
             parts["sharp"] = w.sharp * (error if known.any() else images.sum() * 0.0)
-        if self.discriminator is not None:
-            self._kept = replace(fake, images=images.detach())
-            logits = self._judge(fake, self.discriminator)
+        rows = (judged[cells].any(1) & stained.any(0)[channels]).nonzero()[:, 0]
+        if self.discriminator is not None and len(rows):
+            met = Translated(batch, cells[rows], channels[rows], images[rows])
+            self._kept = replace(met, images=met.images.detach())
+            logits = self._judge(met, self.discriminator)
             parts["adversarial"] = w.adversarial * losses.adversarial_generator(logits, self.config.adversarial)
         if w.patch_nce or w.cycle:
             again = self.network.encode(images, channels)
@@ -323,9 +341,13 @@ class Translator(MapMethod):
         back, _ = self.network.decode(trunk, channels, size_of(step.batch.images))
         return losses.pixel_loss(back, step.batch.images[fake.cells, channels, None], "l1")
 
+    def _judged(self, stains: Tensor) -> Tensor:
+        """Of (B, C) stains those of cells that the discriminator can judge: it may want chromatin beside them."""
+        return stains & stains[:, self.panel.chromatin_index, None] if self._sees_source else stains
+
     def _judge(self, stains: Translated, discriminator: PatchDiscriminator) -> Tensor:
         images = stains.images
-        if self.config.discriminator_sees_source:
+        if self._sees_source:
             images = torch.cat([stains.batch.images[stains.cells, self.panel.chromatin_index, None], images], 1)
         return discriminator(images, stains.channels)  # type: ignore[no-any-return]
 
@@ -335,15 +357,20 @@ class Translator(MapMethod):
         fake, kind = self._kept, self.config.adversarial
         if fake is None or fake.batch is not batch:  # no cell could be translated
             return no_terms(self.discriminator.parameters())
-        stained = batch.measured
-        if self.config.discriminator_sees_source:
-            stained = stained & batch.measured[:, self.panel.chromatin_index, None]
-        cells = rows_showing(stained, fake.channels)
+        cells = rows_showing(self._judged(batch.measured), fake.channels)
         images = batch.images[cells, fake.channels, None].detach().requires_grad_(bool(self.weights.r1))
         real = self._judge(replace(fake, cells=cells, images=images), self.discriminator)
         guessed = self._judge(fake, self.discriminator)
         return discriminator_terms(real, guessed, kind, r1=self.weights.r1, images=images)
 
     def signs(self, values: Mapping[str, float]) -> list[str]:
-        """Say where the discriminator has won."""
-        return signs_of_defeat(values, "method.weights.r1")
+        """Say where the discriminator has won, and where dependence could never be estimated."""
+        said = signs_of_defeat(values, "method.weights.r1")
+        if self.discriminator is not None and self.progress > self.config.translation_from:
+            said += signs_of_rest(values, "a stain and cells that can be translated to it")
+        if self.weights.independence and values.get("independence") == 0:
+            said.append(
+                f"independence was never estimated: no stain is shown by {LEAST_ROWS} cells of a step, let "
+                "train.batch_size be larger"
+            )
+        return said

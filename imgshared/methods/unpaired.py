@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from imgshared.config import CutConfig, CycleGanConfig
 from imgshared.data.panel import Panel
 from imgshared.methods.base import Method, ParameterGroup, Stage, no_terms, sum_terms
-from imgshared.methods.game import BETAS, discriminator_terms, signs_of_defeat
+from imgshared.methods.game import BETAS, discriminator_terms, signs_of_defeat, signs_of_rest
 from imgshared.models.discriminator import PatchDiscriminator, check_fits
 from imgshared.models.resnet import ResnetGenerator
 from imgshared.types import Batch, InputError, LossTerms, Prediction
@@ -112,8 +112,13 @@ class UnpairedMethod(Method):
         super().prepare(measured, seed)
         for channel in (*self.sources, *self.targets):
             if not measured[:, channel].any():
-                marker = self.panel.markers[channel]
-                advice = "choose another method.source" if channel in self.sources else "leave it out (markers=...)"
+                marker, advice = self.panel.markers[channel], "leave it out (markers=...)"
+                if channel in self.sources:
+                    advice = "choose another method.source"
+                elif marker == self.panel.chromatin:
+                    advice = (
+                        "it is chromatin, which every panel keeps: change the split, so that some training cell does"
+                    )
                 raise InputError(f"{self.config.name} learns from cells that show {marker}, and none does: {advice}")
 
     def loss(self, batch: Batch, player: str) -> LossTerms:
@@ -192,8 +197,10 @@ class UnpairedMethod(Method):
         return Prediction(out)
 
     def signs(self, values: Mapping[str, float]) -> list[str]:
-        """Tell where the discriminator has won."""
-        return signs_of_defeat(values, "method.r1_weight")
+        """Tell where a discriminator has won, and where it was never asked."""
+        source = self.panel.markers[self.sources[0]]
+        rest = signs_of_rest(values, f"{source} and another stain")
+        return [*rest, *signs_of_defeat(values, "method.r1_weight")]
 
 
 def made_discriminator(config: CutConfig | CycleGanConfig, markers: int) -> PatchDiscriminator:

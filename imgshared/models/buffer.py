@@ -12,7 +12,7 @@ class ImageBuffer(nn.Module):
     """The last generated images, some of which stand in for new ones (Shrivastava et al. 2017, section 2.3).
 
     A discriminator that sees only the newest fakes forgets the older ones; CycleGAN keeps 50. Everything is in buffers:
-    a checkpoint goes on exactly.
+    a checkpoint goes on exactly. Each process has its own pool, of what it has translated; see `pool_state`.
 
     Parameters
     ----------
@@ -55,3 +55,9 @@ class ImageBuffer(nn.Module):
                 images[i], markers[i] = image, marker
         self.count.fill_(count)
         return images, markers
+
+
+def pool_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the entries of a module's state dict that are its pools: all that differs between processes."""
+    pools = tuple(f"{name}." for name, child in module.named_modules() if isinstance(child, ImageBuffer))
+    return {name: value for name, value in module.state_dict().items() if name.startswith(pools)}

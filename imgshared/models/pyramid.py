@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import itertools
 from collections.abc import Sequence
@@ -103,12 +104,13 @@ class TimmPyramid(nn.Module):
     Raises
     ------
     InputError
-        Where timm knows no such model (the nearest is named), it gives no pyramid, one of fewer levels, or takes images
-        of one size alone.
+        Where timm knows no such model (the nearest is named), it gives no pyramid, one of fewer levels, or does not
+        take images of any size.
     """
 
     def __init__(self, name: str, channels: Sequence[int], *, inputs: int = 1, marker_dim: int = 0) -> None:
         super().__init__()
+        self.name, self.inputs = name, inputs
         import timm  # slow to import, and only needed here
 
         known = timm.list_models()
@@ -129,10 +131,9 @@ class TimmPyramid(nn.Module):
             raise InputError(f"method.channels has {len(channels)} levels, more than {name}: name fewer") from error
         info: Any = self.body.feature_info
         self.reductions = tuple(info.reduction())
-        if not self._takes_any_size(4 * self.reductions[-1], inputs):
-            raise InputError(
-                f"method.backbone: {name} takes images of its own size alone: name a convolutional one, e.g. resnet10t"
-            )
+        for height, width in ((4, 4), (3, 5)):
+            self._try(height * self.reductions[-1], width * self.reductions[-1])
+        _drop_unheard(self.body, torch.zeros(1, inputs, *2 * (4 * self.reductions[-1],)))
         self.project = nn.ModuleList([nn.Conv2d(a, b, 1) for a, b in zip(info.channels(), channels, strict=True)])
         self.conditions = _conditions(marker_dim, channels)
 
@@ -142,14 +143,39 @@ class TimmPyramid(nn.Module):
         return [condition(project(h), code) for h, project, condition in levels]
 
     @torch.no_grad()
-    def _takes_any_size(self, side: int, inputs: int) -> bool:
-        self.body.eval()
+    def _try(self, height: int, width: int) -> None:
+        """Refuse a backbone whose maps of such an image are not that image over its reductions."""
         try:
-            maps = self.body(torch.zeros(1, inputs, side, side))
-        except (AssertionError, RuntimeError):  # as timm's transformers say it
-            return False
+            maps = self.body.eval()(torch.zeros(1, self.inputs, height, width))
+        except (AssertionError, RuntimeError, ValueError) as error:  # as timm's transformers say it
+            raise InputError(
+                f"method.backbone: {self.name} does not take images of {height} x {width} px ({error}): name a "
+                "convolutional one, e.g. resnet10t"
+            ) from error
+        shapes = [tuple(h.shape[2:]) for h in maps]
+        if shapes != [(height // r, width // r) for r in self.reductions]:
+            raise InputError(
+                f"method.backbone: {self.name} makes maps of {shapes} px of an image of {height} x {width} px, not of "
+                f"it over {self.reductions}: name another one, e.g. resnet10t"
+            )
         self.body.train()
-        return all(h.shape[2:] == (side // r, side // r) for h, r in zip(maps, self.reductions, strict=True))
+
+    @torch.no_grad()
+    def check_fits(self, crop_px: int) -> None:
+        """Refuse crops of which some level keeps a single pixel, where it normalises over one stain's pixels.
+
+        Raises
+        ------
+        InputError
+            Names the setting.
+        """
+        try:
+            copy.deepcopy(self.body).train()(torch.zeros(1, self.inputs, crop_px, crop_px))
+        except ValueError as error:  # as torch's BatchNorm says it
+            raise InputError(
+                f"method.backbone: {self.name} cannot learn from a single {crop_px} px crop ({error}): "
+                "name a backbone without normalised global features, e.g. resnet10t, or larger crops"
+            ) from error
 
 
 class UpPath(nn.Module):
@@ -188,17 +214,33 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
 
 
-def pool_to_middle(maps: Sequence[Tensor]) -> Tensor:
-    """Mean of each channel of each level under a Gaussian window about the middle, where the cell is.
+def pool_to_middle(maps: Sequence[Tensor], reductions: Sequence[int], size: tuple[int, int]) -> Tensor:
+    """Mean of each channel of each level under a Gaussian window about the middle of the image, where the cell is.
 
-    The window's standard deviation is a quarter of the side: one (P, width, Y, X) map a level to (P, sum of widths).
+    One (P, width, Y / r, X / r) map a level, of images that were `size` (Y, X) before they were padded below and to the
+    right, to (P, sum of widths). The window's standard deviation is a quarter of the image's side.
     """
     pooled = []
-    for h in maps:
-        y, x = (torch.linspace(-2, 2, n, device=h.device).square().mul(-0.5).exp() for n in h.shape[-2:])
-        window = y[:, None] * x
-        pooled.append((h.float() * (window / window.sum())).sum((2, 3)))
+    for h, r in zip(maps, reductions, strict=True):
+        y, x = (_window(n, r, side, h.device) for n, side in zip(h.shape[-2:], size, strict=True))
+        pooled.append((h.float() * y[:, None] * x).sum((2, 3)))
     return torch.cat(pooled, 1)
+
+
+def _window(n: int, step: int, side: int, device: torch.device) -> Tensor:
+    """Weights, of sum 1, of n places `step` pixels apart about the middle of a side of so many pixels."""
+    pixels = (torch.arange(n, device=device) + 0.5) * step - side / 2
+    return (-0.5 * (pixels / (side / 4)).square()).softmax(0)
+
+
+def _drop_unheard(body: nn.Module, image: Tensor) -> None:
+    """Put nothing in place of the parts of a backbone that no level hears; some of timm's run on behind the last."""
+    torch.stack([h.float().sum() for h in body.eval()(image)]).sum().backward()
+    for name, module in list(body.named_modules()):
+        own = list(module.parameters())
+        if own and all(p.grad is None for p in own):
+            body.set_submodule(name, nn.Identity())
+    body.train().zero_grad()
 
 
 def _conditions(marker_dim: int, channels: Sequence[int]) -> nn.ModuleList:

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from imgshared.models.bounds import LOG_SCALE, soft_bound
 from imgshared.models.fusion import fuse_mean, fuse_product, product_of
-from imgshared.models.pyramid import Block, Condition, ConvPyramid, TimmPyramid, UpPath, pad_to_multiple
+from imgshared.models.pyramid import (
+    Block,
+    Condition,
+    ConvPyramid,
+    TimmPyramid,
+    UpPath,
+    pad_to_multiple,
+    pool_to_middle,
+)
 from imgshared.types import InputError
 
 LOG_STD = (-5.0, 2.0)  # of a shared map's expert
@@ -113,6 +121,9 @@ class TranslationNetwork(nn.Module):
 
     def encode(self, images: Tensor, channels: Tensor) -> Maps:
         """(P, 1, Y, X) images of any size, of (P,) markers, to their maps."""
+        if not len(images):  # no cell shows any stain
+            one = self.encode(images.new_zeros(1, *images.shape[1:]), channels.new_zeros(1))
+            return Maps(*([h[:0] for h in part] for part in (one.shared, one.specific, one.log_std)))
         images = pad_to_multiple(images, self.multiple)
         network = self.network_of[channels]  # type: ignore[index]
         order = network.argsort(stable=True)
@@ -135,6 +146,10 @@ class TranslationNetwork(nn.Module):
         # start=0: fresh experts are as wide as the prior
         log_std = [soft_bound(f(h), *LOG_STD, start=0.0) for f, h in zip(self.log_std, shared, strict=False)]
         return Maps(shared, specific, log_std)
+
+    def pool(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """One (P, width, Y / r, X / r) map a level, of images of the given `size`, to latents (P, sum of widths)."""
+        return pool_to_middle(maps, self.reductions, size)
 
     def fuse(self, maps: Maps, channels: Tensor, cells: Tensor, n: int) -> Maps:
         """Shared maps of P stains, of (P,) markers, to those of the n cells that `cells` (P,) names as their owners."""
@@ -192,8 +207,8 @@ class TranslationNetwork(nn.Module):
         """Add texture, from its own (Q, width, Y / r0, X / r0) trunk, to the (Q, 1, Y, X) mean of absent stains.
 
         An image cannot be both the expectation of a stain and look like one (Blau & Michaeli 2018): so there are two,
-        and what the second one learns goes no further than `texture`. Texture is what is fine: how bright a cell is, the
-        mean tells best, and a discriminator that had a say in it would only add noise.
+        and no gradient of the second one goes further back than `texture`. Texture is what is fine: how bright a cell
+        is, the mean tells best, and a discriminator that had a say in it would only add noise.
         """
         assert self.texture is not None
         out = self.texture(trunk, self.marker(channels).detach(), channels)

@@ -19,8 +19,9 @@ class UNet(nn.Module):
     """U-Net of double 3x3 convolutions (Ronneberger, Fischer & Brox 2015, figure 1).
 
     As published: ReLU, 2x2 max-pooling on the way down, 2x2 transposed convolutions on the way up, skips, a linear 1x1
-    convolution at the end. Unlike it: padded convolutions, so that the output is as large as the input, and BatchNorm.
-    In evaluation every output pixel depends on its surroundings alone.
+    convolution at the end. Unlike it: padded convolutions, so that the output is as large as the input, BatchNorm, and
+    no dropout at the end of the way down (section 3.1). In evaluation every output pixel depends on its surroundings
+    alone.
 
     Parameters
     ----------

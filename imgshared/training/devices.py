@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
@@ -98,3 +98,12 @@ def gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(n.item())] for part, n in zip(parts, counts, strict=True)])
+
+
+def gather_states(state: Mapping[str, Tensor], fabric: Fabric) -> list[dict[str, Tensor]]:
+    """Return on rank 0 what each rank holds, in rank order, on the CPU; nothing on others, nor with one rank."""
+    if fabric.world_size == 1 or not state:
+        return []
+    states: list[dict[str, Tensor]] | None = [{}] * fabric.world_size if fabric.is_global_zero else None
+    dist.gather_object({name: value.cpu() for name, value in state.items()}, states)
+    return states or []

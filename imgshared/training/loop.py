@@ -6,13 +6,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch.optim import Adam
@@ -22,20 +21,21 @@ from imgshared.config import Experiment
 from imgshared.data.feed import Feed, choose_residency, mix
 from imgshared.data.store import CellStore
 from imgshared.methods.base import Method, Stage
+from imgshared.models.buffer import pool_state
 from imgshared.training.checkpoint import Contract, load, save
-from imgshared.training.devices import average_gradients, gather_rows, make_fabric
+from imgshared.training.devices import average_gradients, gather_rows, gather_states, make_fabric
 from imgshared.training.ema import Ema
 from imgshared.training.folder import begin_run, best_path, last_path, samples_path
 from imgshared.training.interrupt import Interrupt
 from imgshared.training.log import RunLog
 from imgshared.training.meter import MEASURE, Meter
+from imgshared.training.notes import Notes, about_cells, refuse_ignored
 from imgshared.training.position import Position
 from imgshared.training.statistics import BatchStatistics
-from imgshared.training.watch import CELLS, Watch, collapsed
+from imgshared.training.watch import Watch, collapsed, find_cells
 from imgshared.types import Batch, InputError
 
 SETTLED = 0.34  # of a stage: before that every method looks collapsed
-FEW_CELLS = 100  # of a marker, below which a user is warned
 SHOWN = ("loss", "full", "shared", "cross", "error", "l1", "nce", "cycle", "adversarial", "kl", "z_shared")
 
 
@@ -93,6 +93,7 @@ class Trainer:
         self._unstained = int((parts == "train").sum()) - len(cells["train"])
         self._stained = torch.from_numpy(measured[cells["train"]])
         method.prepare(self._stained, mix(experiment.seed, 1))
+        refuse_ignored(self.config, method.stages)
         if method.tables and self.config.balance == "panels":
             raise InputError("train.balance=panels may draw a cell twice at once, which free latents cannot: use cells")
         self._refuse_empty_parts(len(cells["train"]))
@@ -109,7 +110,8 @@ class Trainer:
         if tree:
             self._take_up(tree)
         self.log = RunLog(run, self.position.total, active=self.fabric.is_global_zero, console=console)
-        self.interrupt, self._warned, self._last = Interrupt(), set[str](), dict[str, float]()
+        self.interrupt, self.notes = Interrupt(), Notes(self.log.say)
+        self._last = dict[str, float]()  # the mean terms of the last epoch
 
     def fit(self) -> None:
         """Run the remaining stages."""
@@ -119,8 +121,7 @@ class Trainer:
             f"{', '.join(self.contract.panel.markers)}; {self.fabric.device}, {self.fabric._precision.precision}, "
             f"crops in {'device memory' if train.residency == 'device' else train.residency}; writing {self.run}"
         )
-        for line in self._few_cells():
-            self.log.say(line)
+        self.notes.of_run(about_cells(self.method, self.contract.panel, self._stained, self._unstained))
         stages = self.method.stages
         self.watch = self._watch()
         try:
@@ -138,6 +139,7 @@ class Trainer:
     def _run_stage(self, stage: Stage) -> None:
         """Train one stage, from wherever it was left."""
         at, feed = self.position, self.feeds["train"]
+        feed.whole = stage.whole
         self.method.start(stage)
         optimizers = self._optimizers(stage)
         self.log.stage(stage.name, stage.epochs * feed.steps, at.epoch * feed.steps + at.step)
@@ -160,6 +162,7 @@ class Trainer:
                 if stop:
                     raise KeyboardInterrupt
             self._report(meter, stage)
+            self._last = meter.take_whole()  # of an epoch that was resumed, from there on: it only tells the user
             self._validate(stage)
             at.epoch, at.step = at.epoch + 1, 0
             if due:  # after the last step of an epoch only now, so that a resumed run does not validate again
@@ -188,7 +191,7 @@ class Trainer:
                 self.method.turn(player)
                 with self.fabric.autocast():
                     terms = self.method.loss(batch, player)
-                if optimizer is not None:
+                if optimizer is not None and terms.count != 0:  # a gradient of 0 would let Adam move by its momentum
                     (terms.total / len(batches)).backward()
                 meter.add(terms, "discriminator/" if player == "discriminator" else "")
             self._step_tables(stage)
@@ -231,19 +234,21 @@ class Trainer:
             return
         at = self.position
         steps, cells_per_s, values = meter.take(self.fabric)
-        self._last = values
-        measure = values.pop(MEASURE, 0.0)
-        finite = all(map(math.isfinite, values.values()))
-        if not finite or at.diverges(measure, values, self.config.diverged):
-            what, last = f"grew to {measure:.3g}" if finite else "is not a number", last_path(self.run)
-            kept = f"The checkpoint before that is kept: {last}." if last.exists() else "There was no checkpoint yet."
-            raise Diverged(
-                f"the loss {what} in stage {stage.name}, epoch {at.epoch}, step {at.total}. {kept} "
-                "Try a smaller learning rate (method.lr...), or train.precision=float32"
-            )
+        measure, learns = values.pop(MEASURE, None), any(stage.groups.values())  # a closed form has no steps to diverge
+        if not all(map(math.isfinite, values.values())):
+            raise self._diverged(stage, "is not a number", learns)
+        if measure is not None and learns and at.diverges(measure, values, self.config.diverged):
+            raise self._diverged(stage, f"grew to {measure:.3g}", learns)
         self.log.record(at.total, at.epoch, stage.name, "train", values | {"cells_per_s": cells_per_s})
         shown = {k: v for k, v in values.items() if k.rpartition("/")[2] in SHOWN and not k.startswith("discr")}
         self.log.advance(steps, cells_per_s, "  ".join(f"{k} {v:.4f}" for k, v in list(shown.items())[:4]))
+
+    def _diverged(self, stage: Stage, what: str, learns: bool) -> Diverged:
+        at, last = self.position, last_path(self.run)
+        kept = f"The checkpoint before that is kept: {last}." if last.exists() else "There was no checkpoint yet."
+        rates = "Try a smaller learning rate (method.lr...), or train.precision=float32"
+        mend = rates if learns else "It learns without steps: look for pixels that are no numbers in the images"
+        return Diverged(f"the loss {what} in stage {stage.name}, epoch {at.epoch}, step {at.total}. {kept} {mend}")
 
     @torch.no_grad()
     def _validate(self, stage: Stage) -> None:
@@ -270,22 +275,16 @@ class Trainer:
         self.log.record(at.total, at.epoch, stage.name, "val", values | spread)
         self.log.picture(picture, at.total)
         if self.method.progress > SETTLED:
-            self._warn([*self.method.signs(self._last), *collapsed(spread)])
+            signs = {sign.partition("(")[0]: sign for sign in self.method.signs(self._last)}
+            self.notes.of_epoch(at.epoch, signs | collapsed(spread, self.watch.told))
         if stage.monitored and "loss" not in values:
-            self._warn(["no held-out cell can be judged, so nothing stops early and `best` is the end of the training"])
+            nothing = "no held-out cell can be judged, so nothing stops early and `best` is the end of the training"
+            self.notes.of_epoch(at.epoch, {nothing: nothing})
         elif stage.monitored and values["loss"] < at.best:
             at.best, at.waited = values["loss"], 0
             self._save(best=True)
         else:
             at.waited += 1
-
-    def _warn(self, sentences: Sequence[str]) -> None:
-        """Say each trouble once a run."""
-        for sentence in sentences:
-            kind = sentence.partition("(")[0]
-            if kind not in self._warned:
-                self._warned.add(kind)
-                self.log.say(f"[yellow]note, epoch {self.position.epoch}:[/] {sentence}")
 
     def _refuse_empty_parts(self, cells: int) -> None:
         parts, least = self.fabric.world_size * self.config.accumulate, min(self.config.batch_size, cells)
@@ -295,23 +294,17 @@ class Trainer:
                 "or lower accumulate or the number of processes"
             )
 
-    def _few_cells(self) -> Iterator[str]:
-        counts = self._stained.sum(0).tolist()
-        if self._unstained:
-            yield f"[yellow]note:[/] {self._unstained} training cells show no stain of the panel and are left out"
-        for marker, count in zip(self.contract.panel.markers, counts, strict=True):
-            if count < FEW_CELLS:
-                yield f"[yellow]note:[/] {marker} is measured in {count} training cells alone: expect little of it"
-        yield from (f"[yellow]note:[/] {doubt}" for doubt in self.method.doubts(self._stained))
-
     def _watch(self) -> Watch:
-        """Choose cells all over the held-out ones (else the training ones); the same in every run of the same split."""
-        feed, panel = self.feeds["val"] if len(self.feeds["val"]) else self.feeds["train"], self.contract.panel
-        some = np.unique(np.linspace(0, len(feed) - 1, CELLS).round().astype(int))
-        few = replace(feed, cells=feed.cells[some], stained=None, residency="memory", rank=0, world=1)
-        images = next(few.once(CELLS))
-        folder = samples_path(self.run) if self.fabric.is_global_zero else None
-        return Watch(images, self.method.sources or (panel.chromatin_index,), panel, folder)
+        """Choose what is watched, the same in every run of the same split, and say what is not as one would expect."""
+        panel = self.contract.panel
+        sources = self.method.sources or (panel.chromatin_index,)
+        cells, stand_in = find_cells(self.feeds["val"], self.feeds["train"], sources, panel)
+        watch = Watch(cells, sources, panel, samples_path(self.run) if self.fabric.is_global_zero else None)
+        if stand_in:
+            few = f"fewer than two held-out cells show {', '.join(stand_in)}"
+            self.notes.of_run([f"{few}: training cells are watched in their place"])
+        self.notes.of_run(filter(None, [watch.blind]))
+        return watch
 
     def _waited_enough(self, stage: Stage) -> bool:
         return stage.monitored and self.position.waited >= self.config.patience
@@ -333,6 +326,7 @@ class Trainer:
 
     def _save(self, optimizers: Mapping[str, Adam | None] | None = None, *, best: bool = False) -> None:
         """Write `best` (weights alone) or `last` (everything), unless the weights are not finite."""
+        pools = [] if best else gather_states(pool_state(self.method), self.fabric)
         if not self.fabric.is_global_zero:
             return
         with self.ema.in_place() if self.ema and best else nullcontext():
@@ -344,6 +338,8 @@ class Trainer:
             tree["tables"] = {name: table.state() for name, table in self.method.tables.items()}
             tree["optimizers"] = {player: _plain_state(o) for player, o in (optimizers or {}).items() if o}
             tree["ema"] = self.ema.values if self.ema else {}
+            if pools:
+                tree["pools"] = {str(rank): state for rank, state in enumerate(pools)}
         save(best_path(self.run) if best else last_path(self.run), tree, self.contract)
 
     def _saved(self, run: Path) -> dict[str, Any]:
@@ -361,7 +357,9 @@ class Trainer:
         return tree
 
     def _take_up(self, tree: dict[str, Any]) -> None:
-        self.method.load_state_dict(tree["model"])
+        pools = tree.get("pools", {})  # a rank that was not there before takes up the first one's, in the model
+        own = pools.get(str(self.fabric.global_rank), {})
+        self.method.load_state_dict(tree["model"] | own)
         for name, table in self.method.tables.items():
             table.load(tree["tables"][name])
         self._resumed_optimizers = tree["optimizers"]

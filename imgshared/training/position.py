@@ -26,14 +26,16 @@ class Position:
         """Take in the loss (without adversarial terms) of the last steps; say whether its smoothed value ran away.
 
         That is, whether it exceeds its best by `factor` times the size of the best, or a tenth of the first value where
-        that is more. The sum of other terms than before is another measure: it begins anew.
+        that is more. The sum of other terms than before is another measure: it begins anew; so it does after a first
+        value of exactly zero, which has no size to compare with.
         """
         if not set(terms) <= set(self.terms):
             self.terms = sorted({*self.terms, *terms})
             self.smooth, self.smooth_first, self.smooth_best = math.nan, math.nan, math.inf
-        self.smooth = measure if math.isnan(self.smooth) else 0.9 * self.smooth + 0.1 * measure
-        if math.isnan(self.smooth_first):
-            self.smooth_first = self.smooth_best = self.smooth
+        if math.isnan(self.smooth) or self.smooth_first == 0:
+            self.smooth = self.smooth_first = self.smooth_best = measure
+        else:
+            self.smooth = 0.9 * self.smooth + 0.1 * measure
         size = max(abs(self.smooth_best), 0.1 * abs(self.smooth_first))
         ran_away = self.smooth > self.smooth_best + factor * size
         self.smooth_best = min(self.smooth_best, self.smooth)

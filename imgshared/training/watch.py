@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,24 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from imgshared.data.feed import Feed
 from imgshared.data.panel import Panel
 from imgshared.methods.base import Method
 from imgshared.types import Batch
 
-CELLS, SHOWN, STAINS = 64, 6, 6  # cells that are watched; rows and stains of the picture
+CELLS, SHOWN, STAINS = 64, 6, 6  # cells that are translated; rows and stains of the picture
+EACH = 4  # cells that show a stain, at least, where there are so many
 COLLAPSED = 0.05  # of the real spread between cells
 GAP, CAPTION = 2, 14  # px
 
 
 class Watch:
-    """The same held-out cells, translated at every validation.
+    """The same cells, translated at every validation; see `find_cells`.
 
     Parameters
     ----------
     batch
-        Held-out cells; None: nothing is watched. Those that show the sources are translated; where a stain is only
+        The cells; None: nothing is watched. Those that show the sources are translated; where a stain is only
         known of other cells (unpaired learning), its real spread is theirs.
     sources
         Channels to translate from.
@@ -52,6 +55,23 @@ class Watch:
             if len(real) > 1 and (spread := float(real.float().std(0).mean())) > 0:  # it needs two cells
                 self._spread[c] = spread
         self.targets = list(self._spread)
+
+    @property
+    def told(self) -> str:
+        """The names of the sources."""
+        return ", ".join(self.panel.markers[c] for c in self.sources)
+
+    @property
+    def blind(self) -> str | None:
+        """Say which stains cannot be watched, and why; None where all can."""
+        others = [c for c in range(len(self.panel)) if c not in self.sources]
+        names = ", ".join(self.panel.markers[c] for c in others if c not in self.targets)
+        if not names:
+            return None
+        why = (
+            "too few cells show it, or they are all alike" if self.targets else f"too few cells show it or {self.told}"
+        )
+        return f"{names} cannot be watched, neither in pictures nor for mode collapse: {why}"
 
     @torch.no_grad()
     def look(self, method: Method, step: int) -> tuple[dict[str, float], NDArray[np.uint8] | None]:
@@ -96,14 +116,64 @@ class Watch:
         return np.asarray(picture)
 
 
-def collapsed(spread: dict[str, float]) -> list[str]:
-    """Return a sentence for every stain whose predictions hardly differ between cells."""
-    return [
-        f"predicted {name.partition('/')[2]} hardly differs between cells ({100 * value:.0f}% of the real spread): "
-        "mode collapse, or chromatin tells nothing of it"
+def find_cells(held_out: Feed, training: Feed, sources: Sequence[int], panel: Panel) -> tuple[Batch | None, list[str]]:
+    """Choose cells that show the sources, and for each other stain some that show it, beside the sources where any do.
+
+    They are held out; where fewer than two of those show the sources, or a stain, training cells stand in.
+
+    Returns
+    -------
+    The cells, None where nothing is shown twice, and the names of what training cells show in their place.
+    """
+    feeds = (held_out, training)
+    measured: NDArray[np.bool_] = np.concatenate([feed.measured.cpu().numpy() for feed in feeds])
+    held: NDArray[np.bool_] = np.repeat([True, False], [len(feed) for feed in feeds])
+    whole: NDArray[np.bool_] = np.logical_and.reduce(measured[:, list(sources)], axis=1)
+    targets = [c for c in range(len(panel)) if c not in sources]
+    chosen, stand_in = np.zeros(len(measured), bool), list[str]()
+    for c in targets:
+        shows = measured[:, c]
+        rows = _first_pair(held & whole & shows, held & shows, whole & shows, shows)
+        chosen[_some(rows, max(EACH, CELLS // len(targets)))] = True
+        stand_in += [] if held[rows].all() else [panel.markers[c]]
+    rows = _first_pair(held & whole, whole)
+    chosen[_some(rows[~chosen[rows]], CELLS - int((chosen & whole).sum()))] = True
+    stand_in += [] if held[rows].all() else [", ".join(panel.markers[c] for c in sources)]
+    parts = np.split(chosen, [len(held_out)])
+    batches = [_read(feed, part) for feed, part in zip(feeds, parts, strict=True) if part.any()]
+    if not batches:
+        return None, stand_in
+    index, images, shown = (torch.cat([getattr(b, n) for b in batches]) for n in ("index", "images", "measured"))
+    return Batch(index, images, shown), stand_in
+
+
+def _first_pair(*wishes: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the rows of the first mask that marks two; none where none does."""
+    return next((wish.nonzero()[0] for wish in wishes if wish.sum() > 1), np.zeros(0, np.int64))
+
+
+def _some(rows: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    """Choose at most so many of the rows, evenly spaced."""
+    places = np.linspace(0, len(rows) - 1, max(0, min(n, len(rows)))).round().astype(int)
+    some: NDArray[np.int64] = rows[places]
+    return some
+
+
+def _read(feed: Feed, chosen: NDArray[np.bool_]) -> Batch:
+    """Read the chosen cells of a feed, all of them on every rank."""
+    cells, stained = feed.cells[chosen], feed.measured.cpu().numpy()[chosen]
+    few = replace(feed, cells=cells, stained=stained, residency="memory", rank=0, world=1)
+    return next(few.once(len(cells)))
+
+
+def collapsed(spread: dict[str, float], sources: str) -> dict[str, str]:
+    """Return by its name a sentence for every stain whose predictions from the sources hardly differ between cells."""
+    return {
+        name: f"predicted {name.partition('/')[2]} hardly differs between cells ({100 * value:.0f}% of the real "
+        f"spread): mode collapse, or nothing of it can be told from {sources}"
         for name, value in spread.items()
         if value < COLLAPSED
-    ]
+    }
 
 
 def _spaced(measured: Tensor, n: int) -> list[int]:

@@ -108,6 +108,22 @@ def test_an_epoch_visits_every_cell_at_most_once_and_all_but_the_rest(toy):
     assert len(next(feed(toy, batch_size=1000).epoch(0)).index) == 70
 
 
+@pytest.mark.parametrize("residency", ["device", "memory", "stream"])
+@pytest.mark.parametrize(("size", "steps"), [(16, 5), (14, 5), (69, 2), (1000, 1)])
+def test_a_whole_epoch_shows_every_cell_once_on_all_ranks_together(toy, residency, size, steps):
+    change = Augment(
+        paired_geometry(flips=True, rotate_deg=9, scale=0, shift=0), channel_intensity(gain=0.2, noise=0.1)
+    )
+    alone = list(feed(toy, whole=True, batch_size=size, residency=residency).epoch(0, augment=change))
+    assert len(alone) == steps
+    assert torch.cat([b.index for b in alone]).sort().values.equal(torch.arange(70))
+    settings = {"whole": True, "batch_size": size, "residency": residency, "world": 2, "parts": 2}
+    ranks = [list(feed(toy, rank=r, **settings).epoch(0, augment=change)) for r in range(2)]
+    assert len(ranks[0]) == len(ranks[1]) == 2 * steps  # of 69 a rest of one cell: three parts of four are empty
+    assert torch.cat([b.index for r in ranks for b in r]).sort().values.equal(torch.arange(70))
+    assert all(b.images.shape == (len(b.index), 2, 16, 16) for r in ranks for b in r)
+
+
 def test_ranks_share_each_batch_without_overlap(toy):
     alone = list(feed(toy, batch_size=18).epoch(3))
     ranks = [list(feed(toy, batch_size=18, rank=r, world=4).epoch(3)) for r in range(4)]

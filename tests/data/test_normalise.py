@@ -63,6 +63,17 @@ def test_unmeasured_and_constant_markers_are_named(tmp_path, arrays, write_store
         fit_normaliser(store, np.arange(0, 80, 2), [0, 2])
 
 
+def test_chromatin_cannot_be_left_out(tmp_path, arrays, write_store):
+    images, measured, masks, obs = arrays
+    measured[:40, 0] = False
+    images[:, 0] = 7
+    store = CellStore(write_store(tmp_path / "a.zarr", images, measured, masks, obs))
+    for cells, what in ((np.arange(40), "measured in no training cell"), (np.arange(40, 80), "constant")):
+        with pytest.raises(InputError, match=f"'DNA' is {what}.*every panel keeps: change the split") as caught:
+            fit_normaliser(store, cells, [0, 1])
+        assert "leave it out" not in str(caught.value)
+
+
 def test_sparse_counts_whose_percentile_is_background(tmp_path, arrays, write_store):
     images, measured, masks, obs = arrays
     images[:, 1] = 0

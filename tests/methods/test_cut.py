@@ -224,5 +224,7 @@ def test_the_shipped_configurations_are_the_papers(request: pytest.FixtureReques
     cut, fast = (load(Experiment, request.config.rootpath / "configs" / f"{n}.yaml") for n in ("cut", "fastcut"))
     assert isinstance(cut.method, CutConfig)
     assert (cut.method.nce_weight, cut.method.identity_weight, cut.method.flip_equivariance) == (1, 1, False)
-    assert fast.method == replace(cut.method, nce_weight=10.0, identity_weight=0.0, flip_equivariance=True)
+    assert cut.method.lr_decay == 0.5  # 200 and 200 epochs
+    changes = {"nce_weight": 10.0, "identity_weight": 0.0, "flip_equivariance": True}
+    assert fast.method == replace(cut.method, **changes, lr_decay=0.25)  # 150 and 50
     assert (cut.train, cut.train.balance, cut.train.ema) == (fast.train, "panels", 0.99)

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from imgshared.methods.draws import Stains, at_most, draw_targets, few, list_stains, rows_showing, show, some
+from imgshared.methods.draws import (
+    Stains,
+    at_most,
+    draw_targets,
+    few,
+    first_of_each,
+    list_stains,
+    rows_showing,
+    show,
+    some,
+)
 
 CHROMATIN = 2
 SEEDS = range(60)
@@ -207,3 +217,8 @@ def test_few_rows_are_drawn_without_repeats_and_all_stay_in_order() -> None:
     drawn = [few(rows, 4) for _ in SEEDS]
     assert all(len(set(d.tolist())) == 4 for d in drawn)
     assert {x for d in drawn for x in d.tolist()} == set(rows.tolist())
+
+
+def test_the_first_of_each_kind() -> None:
+    assert first_of_each(torch.tensor([3, 5, 3, 3, 5, 1])).tolist() == [True, True, False, False, False, True]
+    assert first_of_each(torch.zeros(0)).tolist() == []

@@ -81,6 +81,20 @@ def test_the_logged_loss_is_that_of_the_fit_so_far() -> None:
     assert method.validate(without).count == 0
 
 
+def test_a_batch_without_pairs_has_no_loss() -> None:
+    """A loss of 0 would look like a perfect fit, from which the next batch runs away."""
+    method, batch = make(), cells()
+    fit(method, batch)
+    before = method.ridge.xx.clone()
+    for rows in (batch.measured & (torch.arange(4) == 1), torch.zeros_like(batch.measured)):
+        terms = method.loss(Batch(batch.index, batch.images, rows), "closed form")
+        assert (terms.count, terms.parts) == (0, {})
+    none = Batch(batch.index[:0], batch.images[:0], batch.measured[:0])  # of the smaller last batch, on some rank
+    assert method.loss(none, "closed form").count == 0
+    assert torch.equal(method.ridge.xx, before)
+    assert method.loss(batch, "closed form").count == 256 * method.pairs(batch).shown.sum()
+
+
 def test_autocast_does_not_touch_the_fit() -> None:
     plain, mixed, batch = make(), make(), cells()
     fit(plain, batch)

@@ -218,8 +218,46 @@ def test_a_collapsed_posterior_is_reported() -> None:
     active = method.loss(batch, "generator").parts["active_dimensions"]
     assert active == 0
     (sentence,) = method.signs({"active_dimensions": active.item()})
-    assert "(0 of 5): posterior collapse; lower method.beta" in sentence
+    assert "information (0 of 5): posterior collapse; lower method.beta" in sentence
     assert method.signs({}) == []
+
+
+def test_a_collapsed_expert_is_seen_though_the_other_tells_enough() -> None:
+    """Predictions start from chromatin alone: all stains together may look well meanwhile."""
+    method, batch = make()
+    with torch.no_grad():
+        silent = method.encoders["chromatin"].shared_head
+        silent.weight.zero_()
+        silent.bias.copy_(torch.tensor([0.0] * 5 + [6.0] * 5))
+    parts = {name: value.item() for name, value in method.loss(batch, "generator").parts.items()}
+    assert parts["chromatin/active_dimensions"] == 0
+    assert parts["chromatin/kl_high"] < 0.01
+    assert parts["protein/active_dimensions"] == parts["active_dimensions"] == 5
+    (sentence,) = method.signs(parts)
+    assert "of chromatin alone (0 of 5): posterior collapse" in sentence
+
+
+def test_the_kl_of_each_dimension_is_watched_given_one_stain() -> None:
+    method, batch = make()
+    method.eval()
+    parts = method.loss(batch, "generator").parts
+    assert "kl_median" in parts
+    for modality, channels in (("chromatin", [1]), ("protein", [0, 2, 3])):
+        stains = [(cell, c) for cell in range(8) for c in channels if batch.measured[cell, c]]
+        said = [posterior(method, batch, cell, [c]) for cell, c in stains]
+        means, variances = (np.stack(part) for part in zip(*said, strict=True))
+        kl = 0.5 * (means**2 + variances - 1 - np.log(variances)).mean(0)
+        for name, share in (("kl_low", 0.1), ("kl_median", 0.5), ("kl_high", 0.9)):
+            assert parts[f"{modality}/{name}"].item() == pytest.approx(np.quantile(kl, share), rel=1e-2, abs=1e-4)
+        assert parts[f"{modality}/active_dimensions"] == (kl > 0.01).sum()
+
+
+def test_what_a_batch_does_not_show_is_not_watched() -> None:
+    method, batch = make()
+    only = batch.measured & (torch.arange(4) == 1)
+    parts = method.loss(replace(batch, measured=only), "generator").parts
+    assert "chromatin/active_dimensions" in parts
+    assert not [name for name in parts if name.startswith("protein/")]
 
 
 def test_an_expert_far_out_gives_no_infinity() -> None:

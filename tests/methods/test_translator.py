@@ -106,7 +106,7 @@ def mean(values: Sequence[Tensor]) -> float:
 
 
 def pooled(levels: Sequence[Tensor]) -> Tensor:
-    return pool_to_middle(levels)[0]
+    return pool_to_middle(levels, (2, 4), (SIDE, SIDE))[0]
 
 
 def full(m: Translator, b: Batch) -> float:
@@ -396,15 +396,22 @@ def test_a_gradient_reaches_what_it_should_and_nothing_else(name: str, moved: se
         assert all(block.last.bias.grad.all() for block in blocks)
 
 
-@pytest.mark.parametrize("term", ["adversarial", "patch_nce", "cycle"])
-def test_beside_a_sharp_output_no_translation_term_moves_the_mean(term: str) -> None:
+@pytest.mark.parametrize(
+    ("term", "moved"),
+    [
+        ("adversarial", {"texture"}),  # whatever the discriminator says, the mean and the latents stay what they are
+        ("patch_nce", {"texture"} | READ),
+        ("cycle", {"texture"} | READ | {"marker", "shared_path", "head", "absent"}),  # which draws the source back
+    ],
+)
+def test_beside_a_sharp_output_a_translation_term_moves_the_texture_and_what_reads_it(
+    term: str, moved: set[str]
+) -> None:
     method, batch = make(two_stains(), {"sharp": 1.0, "adversarial": 1.0, term: 1.0})
     method.weights = replace(OFF, sharp=1e-30, **{term: 1.0})
     method.loss(batch, "generator").total.backward()
-    head = method.network.head.bias.grad
-    assert method.network.texture is not None
-    assert method.network.texture.head.bias.grad.any()
-    assert (term == "cycle") == (head is not None and bool(head.any()))  # which draws the source back by the mean
+    net = method.network
+    assert {name.split(".")[0] for name, p in net.named_parameters() if p.grad is not None and p.grad.any()} == moved
 
 
 def test_the_sharp_output_is_the_mean_and_texture_and_is_scored_where_it_is_known() -> None:
@@ -428,6 +435,15 @@ def test_the_sharp_output_is_the_mean_and_texture_and_is_scored_where_it_is_know
     prediction = method.translate(batch.images, torch.ones_like(batch.measured) & batch.measured, [0])
     assert prediction.sharp is not None
     assert not torch.equal(prediction.sharp(), prediction.mean)
+
+
+@pytest.mark.parametrize("kind", ["infonce", "triplet"])
+def test_a_cell_that_a_batch_holds_twice_is_not_its_own_stranger(kind: str) -> None:
+    method, batch = make(three_stains(), {"agreement": 1.0}, agreement=kind)
+    rows = torch.tensor([*range(20), 0, 1, 2, 2])
+    twice = Batch(batch.index[rows], batch.images[rows], batch.measured[rows])
+    once = method.loss(batch, "generator").parts["agreement"]
+    torch.testing.assert_close(method.loss(twice, "generator").parts["agreement"], once, rtol=1e-5, atol=1e-6)
 
 
 def test_a_turn_moves_one_player() -> None:

@@ -50,15 +50,20 @@ def test_terms_of_pairs_are_refused_without_pairs(term: str) -> None:
         make({**weighing(adversarial=1.0), "discriminator_sees_source": True}, measured=UNPAIRED)
 
 
-def test_a_stain_that_meets_no_other_is_named_where_others_do() -> None:
+def test_a_stain_that_nothing_joins_with_chromatin_is_named() -> None:
     both, alone = [[True, True, False]] * 3, [[False, False, True]] * 2
     method, _ = make(weighing(cross=1.0))
-    (said,) = method.doubts(torch.tensor(both + alone))
-    assert said.startswith("P2: no training cell shows it beside another stain")
-    assert method.doubts(torch.tensor(both)) == []
-    assert make(weighing(cross=1.0, patch_nce=1.0))[0].doubts(torch.tensor(both + alone)) == []
-    assert method.doubts(torch.tensor([*both, *alone, [True, False, True]])) == []
-    assert method.doubts(torch.tensor([[True, False, False], *alone])) == []  # nothing is paired: refused elsewhere
+    markers = method.panel.markers
+    (said,) = method.doubts(torch.tensor(both + alone), markers)
+    assert said.startswith("P2: no training cell shows it beside DNA or a stain that others show beside DNA")
+    assert "method.discriminator_sees_source=false" in said
+    assert method.doubts(torch.tensor(both), markers) == []
+    assert method.doubts(torch.tensor([*both, *alone, [True, False, True]]), markers) == []
+    assert method.doubts(torch.tensor([*both, *alone, [False, True, True]]), markers) == []  # by way of P0
+    translating = {**weighing(cross=1.0, patch_nce=1.0, adversarial=1.0), "discriminator_sees_source": False}
+    assert make(translating)[0].doubts(torch.tensor(both + alone), markers) == []
+    blind = make({**translating, "discriminator_sees_source": True})[0]  # it would never judge P2
+    assert blind.doubts(torch.tensor(both + alone), markers) == [said]
 
 
 def test_what_is_paired_shows_chromatin_and_another_stain() -> None:
@@ -104,7 +109,7 @@ def test_a_held_out_batch_that_cannot_be_judged_does_not_count(paired: bool) -> 
     "settings",
     [
         {**weighing(patch_nce=1.0, adversarial=1.0, cycle=1.0), "translation_from": 0.5},
-        {**weighing(cycle=1.0, adversarial=1.0), "discriminator_sees_source": True},  # and no cell shows chromatin
+        {**weighing(adversarial=1.0), "discriminator_sees_source": True},  # and no cell shows chromatin
     ],
 )
 def test_a_step_without_any_term_moves_nothing(settings: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from imgshared.config import TranslatorConfig, TranslatorWeights
 from imgshared.data.panel import Panel
 from imgshared.methods.translator import Translator
-from imgshared.models.pyramid import pool_to_middle
 from imgshared.models.translation import Maps
 from imgshared.types import Batch, InputError
 
@@ -281,11 +280,66 @@ def test_the_discriminator_that_sees_the_source_is_shown_cells_with_chromatin() 
                 assert (image[0] == chromatin).all((1, 2)).any()
 
 
+def test_a_discriminator_that_sees_the_source_keeps_no_stain_from_patch_contrast_and_cycle() -> None:
+    measured = torch.tensor([[True, True, False]] * 4 + [[False, False, True]] * 4)  # P2 never meets chromatin
+    terms = {"full": 1.0, "patch_nce": 1.0, "cycle": 1.0}
+    method, batch = make({**weighing(**terms), "discriminator_sees_source": True}, measured=measured)
+    assert set(method.loss(batch, "generator").parts) == set(terms)  # there is no discriminator to see anything
+    method, batch = make({**weighing(**terms, adversarial=1.0), "discriminator_sees_source": True}, measured=measured)
+    drawn: set[tuple[int, int]] = set()
+    judged: list[Tensor] = []
+    method.network.encode = lambda images, channels, encode=method.network.encode: (  # type: ignore[method-assign]
+        drawn.update(enumerate(channels.tolist())) or encode(images, channels)
+    )
+    assert method.discriminator is not None
+    method.discriminator.register_forward_hook(lambda module, inputs, out: judged.append(inputs[1]))
+    for _ in range(5):
+        method.loss(batch, "generator")
+        method.loss(batch, "discriminator")
+    assert {c for _, c in drawn} == {0, 1, 2}
+    assert set(torch.cat(judged).tolist()) == {0}  # the one stain that is known beside chromatin
+
+
 def test_a_discriminator_that_has_won_is_said() -> None:
     method, _ = make()
     assert method.signs({"discriminator/accuracy": 0.9}) == method.signs({}) == []
     (said,) = method.signs({"discriminator/accuracy": 1.0})
     assert "lr_discriminator" in said
+
+
+def test_a_discriminator_that_never_moves_is_said_once_it_should() -> None:
+    method, _ = make({**weighing(adversarial=1.0), "translation_from": 0.5})
+    method.progress = 0.4
+    assert method.signs({"full": 0.1}) == []
+    method.progress = 0.6
+    (said,) = method.signs({"full": 0.1})
+    assert said.startswith("the discriminator had no step")
+    assert method.signs({"discriminator/accuracy": 0.9}) == []
+    without, _ = make(weighing(cross=1.0))
+    without.progress = 0.6
+    assert without.signs({"full": 0.1}) == []
+
+
+def test_dependence_that_is_never_estimated_is_said() -> None:
+    method, _ = make(weighing(full=1.0, independence=1.0))
+    assert method.signs({"independence": 0.01}) == []
+    (said,) = method.signs({"independence": 0.0})
+    assert "no stain is shown by 8 cells of a step" in said
+    assert make()[0].signs({"independence": 0.0}) == []
+
+
+@torch.no_grad()
+def test_cells_without_any_stain_have_the_latents_of_none() -> None:
+    method, batch = make()
+    method.eval()
+    nothing = torch.zeros_like(batch.measured)
+    alone = method.encode(batch.images[:2], nothing[:2])
+    one = nothing.clone()
+    one[0, DNA] = True
+    beside = method.encode(batch.images, one)
+    assert torch.equal(alone.shared[0], beside.shared[1])
+    assert method.translate(batch.images, nothing, [0]).mean.isfinite().all()
+    assert not method.reconstruct(batch.images, nothing, specific=True).any()
 
 
 # --- learning -------------------------------------------------------------------------------------------------------
@@ -346,11 +400,13 @@ def toy(n: int, seed: int) -> Tensor:
     return torch.stack([protein, dna, protein], 1)
 
 
-def taught(measured: Tensor) -> tuple[Translator, Tensor]:
+def taught(measured: Tensor, **settings: Any) -> tuple[Translator, Tensor]:
     """A translator that learnt from toy cells of these stains, and the mean of what they are in truth."""
     torch.manual_seed(0)
     method = Translator(
-        TranslatorConfig(channels=(12, 16), marker_dim=4), panel=Panel(("P0", "DNA", "P2"), "DNA"), crop_px=16
+        TranslatorConfig(channels=(12, 16), marker_dim=4, **settings),
+        panel=Panel(("P0", "DNA", "P2"), "DNA"),
+        crop_px=16,
     )
     train = toy(len(measured), 0)
     method.prepare(measured, 0)
@@ -367,8 +423,9 @@ def error_of(method: Translator, test: Tensor, target: int, *sources: int) -> fl
         return (method.translate(test, given, [target]).mean - test[:, target, None]).square().mean().item()
 
 
-def test_it_predicts_what_can_be_known_and_more_from_an_informative_partner() -> None:
-    method, means = taught(torch.ones(256, 3, dtype=torch.bool))
+@pytest.mark.parametrize("settings", [{}, {"fusion": "product", "encoders": "marker"}])
+def test_it_predicts_what_can_be_known_and_more_from_an_informative_partner(settings: dict[str, str]) -> None:
+    method, means = taught(torch.ones(256, 3, dtype=torch.bool), **settings)
     test = toy(100, 1)
     error = partial(error_of, method, test, 2)
     picture = (means[2] - test[:, 2]).square().mean().item()
@@ -379,7 +436,7 @@ def test_it_predicts_what_can_be_known_and_more_from_an_informative_partner() ->
     assert error(DNA, 0) < 0.7 * error(DNA)
     assert error(0) < 0.4 * error(DNA)
     z = method.encode(test, torch.ones(100, 3, dtype=torch.bool))
-    assert torch.equal(z.shared, pool_to_middle(method._fused(test, z.measured)[1].shared))
+    assert torch.equal(z.shared, method.network.pool(method._fused(test, z.measured)[1].shared, (16, 16)))
 
 
 def test_two_panels_that_share_no_protein_complete_each_other() -> None:

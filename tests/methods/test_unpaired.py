@@ -141,9 +141,11 @@ def test_accuracy_counts_patches_and_is_no_term(config: CutConfig | CycleGanConf
         for discriminator in method.players()[1]:
             discriminator.forward = lambda x, m, at=logits: torch.full((len(x), 1, 2, 2), middle + next(at))  # type: ignore[method-assign]
         terms = method.loss(batch, "discriminator")
-        assert terms.parts["accuracy"].item() == share
+        names = ["accuracy"] if config.name == "cut" else ["target/accuracy", "source/accuracy"]
+        assert set(terms.parts) == {"adversarial", *names}
+        assert [terms.parts[name].item() for name in names] == [share] * len(names)
         assert terms.total == terms.parts["adversarial"]
-        assert not terms.parts["accuracy"].requires_grad
+        assert not any(terms.parts[name].requires_grad for name in names)
 
 
 @BOTH
@@ -237,6 +239,8 @@ def test_refusals(config: CutConfig | CycleGanConfig) -> None:
         method.prepare(torch.tensor([[1, 0, 1, 1]], dtype=torch.bool), seed=0)
     with pytest.raises(InputError, match=r"show P3, and none does: leave it out \(markers=\.\.\.\)"):
         method.prepare(torch.tensor([[1, 1, 1, 0]], dtype=torch.bool), seed=0)
+    with pytest.raises(InputError, match=r"show DNA, and none does: it is chromatin, which every panel keeps"):
+        make(replace(config, source="P1")).prepare(torch.tensor([[1, 0, 1, 1]], dtype=torch.bool), seed=0)
     with pytest.raises(InputError, match=r"method\.discriminator_channels"):
         make(replace(config, discriminator_channels=(4, 4, 4, 4)))
     with pytest.raises(InputError, match=r"method\.source: DNA is the only marker"):
@@ -249,6 +253,22 @@ def test_a_discriminator_that_wins_is_told(config: CutConfig | CycleGanConfig) -
     assert method.signs({"loss": 5.0, "discriminator/accuracy": 0.98}) == []
     (sentence,) = method.signs({"discriminator/accuracy": 0.995})
     assert "lower method.lr_discriminator or set method.r1_weight" in sentence
+
+
+def test_one_winner_of_two_is_told_by_name() -> None:
+    one = {"discriminator/target/accuracy": 0.5, "discriminator/source/accuracy": 0.999}
+    (sentence,) = make(CYCLEGAN).signs(one)
+    assert sentence.startswith("the discriminator of the source tells real from predicted every time (99.9%")
+    both = make(CYCLEGAN).signs(dict.fromkeys(one, 1.0))
+    assert ["of the target" in s for s in both] == [True, False]
+
+
+@BOTH
+def test_a_discriminator_that_is_never_asked_is_told(config: CutConfig | CycleGanConfig) -> None:
+    method = make(config)
+    (sentence,) = method.signs({"loss": 5.0, "adversarial": 1.0})
+    assert "no part of a batch held DNA and another stain" in sentence
+    assert "raise train.batch_size, set train.balance=panels" in sentence
 
 
 @BOTH

@@ -1,6 +1,7 @@
 import torch
+from torch import nn
 
-from imgshared.models.buffer import ImageBuffer
+from imgshared.models.buffer import ImageBuffer, pool_state
 
 
 def numbered(*numbers):
@@ -102,3 +103,17 @@ def test_half_images_stay_half():
     images, markers = numbered(1, 2, 3, 4)
     out, _ = ImageBuffer(2, (1, 3, 5)).exchange(images.bfloat16(), markers)
     assert out.dtype == torch.bfloat16
+
+
+def test_the_state_of_the_pools_is_apart_from_all_other_state():
+    class Game(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool, self.pool_norm = ImageBuffer(2, (1, 3, 5)), nn.BatchNorm2d(1)
+
+    game = Game()
+    game.pool.exchange(*numbered(7))
+    state = pool_state(nn.ModuleDict({"game": game}))
+    assert set(state) == {"game.pool.images", "game.pool.markers", "game.pool.count"}
+    assert state["game.pool.markers"].tolist() == [7, 0]
+    assert pool_state(game.pool_norm) == {}

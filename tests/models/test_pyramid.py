@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from imgshared.models.pyramid import (
@@ -73,20 +75,30 @@ def test_padding_repeats_the_last_row_and_column(height, width):
     assert (padded is images) == (height % 8 == width % 8 == 0)
 
 
-def test_pooling_weighs_the_middle_by_a_gaussian_of_a_quarter_of_the_side():
+def test_pooling_weighs_the_middle_of_the_image_by_a_gaussian_of_a_quarter_of_its_side():
     rng = np.random.default_rng(0)
-    fine, coarse = rng.random((2, 3, 9, 17)), rng.random((2, 4, 1, 2))
+    height, width = 9, 31  # padded to 12 and 32
+    fine, coarse = rng.random((2, 3, 6, 16)), rng.random((2, 4, 3, 8))
     expected = []
-    for h in (fine, coarse):
+    for h, r in ((fine, 2), (coarse, 4)):
         weights = np.zeros(h.shape[2:])
-        for y in range(h.shape[2]):
-            for x in range(h.shape[3]):
-                at = [-2 + 4 * i / (n - 1) if n > 1 else 0 for i, n in ((y, h.shape[2]), (x, h.shape[3]))]
-                weights[y, x] = np.exp(-0.5 * (at[0] ** 2 + at[1] ** 2))
+        for y, x in np.ndindex(weights.shape):  # in pixels from the middle
+            dy, dx = (y + 0.5) * r - height / 2, (x + 0.5) * r - width / 2
+            weights[y, x] = np.exp(-0.5 * ((dy / (height / 4)) ** 2 + (dx / (width / 4)) ** 2))
         expected.append((h * weights).sum((2, 3)) / weights.sum())
-    pooled = pool_to_middle([torch.from_numpy(h).float() for h in (fine, coarse)])
+    pooled = pool_to_middle([torch.from_numpy(h).float() for h in (fine, coarse)], (2, 4), (height, width))
     np.testing.assert_allclose(pooled.numpy(), np.hstack(expected), rtol=1e-5)
-    torch.testing.assert_close(pool_to_middle([torch.full((1, 2, 5, 5), 3.0)]), torch.full((1, 2), 3.0))
+    flat = pool_to_middle([torch.full((1, 2, 1, 1), 3.0)], (64,), (4, 4))  # far smaller than what it is padded to
+    torch.testing.assert_close(flat, torch.full((1, 2), 3.0))
+
+
+@pytest.mark.parametrize("side", [17, 20, 24, 33, 40, 64])
+def test_what_is_pooled_is_in_the_crop(side):
+    padded = -(-side // 16) * 16
+    inside = (torch.arange(padded) < side).float()
+    image = (inside[:, None] * inside)[None, None]
+    levels = [F.avg_pool2d(image, r) for r in (2, 4, 8, 16)]
+    assert pool_to_middle(levels, (2, 4, 8, 16), (side, side)).min() > 0.85
 
 
 def test_a_timm_backbone_gives_the_widths_asked_for():
@@ -99,6 +111,33 @@ def test_a_timm_backbone_gives_the_widths_asked_for():
     assert [tuple(h.shape) for h in maps] == [(2, 4, 16, 20), (2, 6, 8, 10), (2, 8, 4, 5)]
     sum(h.square().sum() for h in maps).backward()
     assert all(p.grad is not None for p in net.parameters())  # no layer beyond the last level is carried along
+
+
+def test_what_a_backbone_runs_behind_the_last_level_is_dropped():
+    name, image = "mobilenetv3_small_050", torch.rand(2, 1, 32, 40)
+    torch.manual_seed(0)
+    net = TimmPyramid(name, (4, 6, 8))
+    torch.manual_seed(0)
+    whole = timm.create_model(name, pretrained=False, features_only=True, in_chans=1, out_indices=(0, 1, 2)).eval()
+    for ours, theirs in zip(net.eval().body(image), whole(image), strict=True):
+        assert torch.equal(ours, theirs)
+    assert all(p.grad is None for p in net.parameters())
+    sum(h.square().sum() for h in net.train()(image)).backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_pyramids_take_images_of_any_number_of_channels():
+    image = torch.rand(2, 3, 32, 40)
+    for net in (ConvPyramid((4, 6), inputs=3), TimmPyramid("resnet10t", (4, 6), inputs=3)):
+        assert [tuple(h.shape) for h in net(image)] == [(2, 4, 16, 20), (2, 6, 8, 10)]
+
+
+def test_crops_that_leave_one_pixel_to_normalise_over_are_refused():
+    TimmPyramid("resnet10t", (4, 6, 8)).check_fits(16)
+    squeezing = TimmPyramid("skresnet18", (4, 6))
+    with pytest.raises(InputError, match=r"method.backbone: skresnet18 cannot learn from a single 32 px crop"):
+        squeezing.check_fits(32)
+    assert squeezing.training
 
 
 def test_a_name_of_timm_may_carry_the_tag_of_its_weights():
@@ -115,9 +154,11 @@ def test_a_name_of_timm_may_carry_the_tag_of_its_weights():
         (
             "vit_tiny_patch16_224",
             2,
-            "vit_tiny_patch16_224 takes images of its own size alone: name a convolutional one",
+            "vit_tiny_patch16_224 does not take images of 64 x 64 px .*: name a convolutional one",
         ),
-        ("levit_128", 2, "levit_128 takes images of its own size alone"),
+        ("levit_128", 2, "levit_128 does not take images of 128 x 128 px"),
+        ("hrnet_w18_small", 3, "hrnet_w18_small does not take images of 24 x 40 px"),
+        ("inception_v3", 3, r"inception_v3 makes maps of .* of an image of 32 x 32 px, not of it over \(2, 4, 8\)"),
     ],
 )
 def test_a_backbone_that_does_not_fit_is_refused_by_name(name, levels, said):

@@ -250,7 +250,9 @@ def test_texture_is_what_is_fine_and_has_no_say_over_brightness():
     net = build(sharp=True)
     mean = torch.rand(2, 1, 64, 64)
     trunk = net.texture_trunk([torch.randn(2, width, side, side) for width, side in ((2, 32), (3, 16))])
-    texture = net.texture(trunk, net.marker(torch.tensor([0, 2])), torch.tensor([0, 2])) + 1.0  # brightness is asked for
+    texture = (
+        net.texture(trunk, net.marker(torch.tensor([0, 2])), torch.tensor([0, 2])) + 1.0
+    )  # brightness is asked for
     added = net.sharpen(mean, trunk, torch.tensor([0, 2])) - mean
     assert added.std() > 0.5 * texture.std()
     assert added.mean((1, 2, 3)).abs().max() < 0.05 * added.std()

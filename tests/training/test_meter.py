@@ -58,3 +58,28 @@ def test_it_begins_anew_after_each_report_and_half_precision_adds_up() -> None:
     for _ in range(1000):
         meter.add(LossTerms(torch.tensor(1.0, dtype=torch.bfloat16), {}))
     assert meter.take(ALONE)[2]["loss"] == 1.0  # a bfloat16 sum would stop at 256
+
+
+def test_a_batch_in_which_nothing_could_be_judged_adds_nothing() -> None:
+    """Neither a loss of 0, which would look like success, nor a step that no player took."""
+    meter = Meter()
+    nothing = LossTerms(torch.tensor(0.0), {}, count=0)
+    meter.add(nothing)
+    meter.add(nothing, "discriminator/")
+    meter.step(16)
+    assert meter.take(ALONE)[::2] == (1, {})
+    meter.add(nothing)
+    meter.add(terms(3.0))
+    assert meter.take(ALONE)[2] == {"loss": 3.0, MEASURE: 3.0}
+
+
+def test_means_of_a_whole_epoch_weigh_every_batch_alike_however_often_it_is_reported() -> None:
+    meter = Meter()
+    for batch in (terms(1.0, l1=1.0), terms(2.0, l1=2.0, nce=4.0)):
+        meter.add(batch)
+    meter.take(ALONE)
+    meter.add(terms(9.0, nce=8.0))
+    assert meter.take(ALONE)[2]["loss"] == 9.0
+    meter.take(ALONE)  # nothing new
+    assert meter.take_whole() == {"loss": 4.0, "l1": 1.5, "nce": 6.0}
+    assert meter.take_whole() == {}

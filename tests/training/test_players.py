@@ -211,7 +211,7 @@ def test_markers_of_few_cells_are_named(
 ) -> None:
     assert "note: P2 is measured in 24 training cells alone" in whole[2]
     assert "note: P1 is measured in 48 training cells alone" in whole[2]
-    monkeypatch.setattr(loop, "FEW_CELLS", 48)
+    monkeypatch.setattr("imgshared.training.notes.FEW_CELLS", 48)
     said = run(experiment(toy_path, "method.epochs=1"), tmp_path / "run")
     assert "P2 is measured in 24" in said
     assert "P1 is measured in" not in said

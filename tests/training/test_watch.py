@@ -12,9 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from imgshared.data.feed import Feed
+from imgshared.data.normalise import Normaliser
 from imgshared.data.panel import Panel
+from imgshared.data.store import CellStore
 from imgshared.methods.base import Method
-from imgshared.training.watch import CAPTION, GAP, Watch, collapsed
+from imgshared.training.watch import CAPTION, CELLS, GAP, Watch, collapsed, find_cells
 from imgshared.types import Batch, LossTerms, Prediction
 
 PANEL = Panel(("P0", "DNA", "P2", "P3"), "DNA")
@@ -136,9 +139,14 @@ def test_where_there_is_nothing_to_watch_nothing_is_written(tmp_path: Path) -> N
 
 
 def test_collapse_is_said_by_name() -> None:
-    assert collapsed({"diversity/P0": 0.06, "diversity/P2": 0.8}) == []
-    (said,) = collapsed({"diversity/P0": 0.01, "diversity/P2": 0.8})
+    assert collapsed({"diversity/P0": 0.06, "diversity/P2": 0.8}, "DNA") == {}
+    (said,) = collapsed({"diversity/P0": 0.01, "diversity/P2": 0.8}, "P2").values()
     assert said.startswith("predicted P0 hardly differs between cells (1% of the real spread)")
+    assert said.endswith("nothing of it can be told from P2")  # whatever the source, not always chromatin
+
+
+def test_two_stains_of_like_names_are_two_troubles() -> None:
+    assert len(collapsed({"diversity/CD3 (a)": 0.01, "diversity/CD3 (b)": 0.01}, "DNA")) == 2
 
 
 def test_stains_of_other_cells_are_watched_where_none_shows_both(tmp_path: Path) -> None:
@@ -150,7 +158,7 @@ def test_stains_of_other_cells_are_watched_where_none_shows_both(tmp_path: Path)
     assert picture is not None
     assert spread["diversity/P2"] == pytest.approx(1.0, abs=0.2)  # both halves are noise of one kind
     constant, _ = watching(tmp_path, unpaired).look(Fake(a_constant), 4)
-    assert collapsed(constant)
+    assert collapsed(constant, "DNA")
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path) -> None:
@@ -158,3 +166,82 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path) -> None:
     assert picture is not None
     assert spread
     assert list(tmp_path.iterdir()) == []
+
+
+TOY = Panel(("DNA", "P1", "P2"), "DNA")
+NORMALISER = Normaliser("linear", 5.0, (0.0,) * 3, (1000.0,) * 3)
+
+
+def feeds(store: CellStore, held_out: Sequence[Sequence[int]], training: Sequence[Sequence[int]]) -> tuple[Feed, Feed]:
+    """Feeds of cells that show the stains marked, a row a cell."""
+    made, first = [], 0
+    for shows in (held_out, training):
+        stained = np.array(shows, bool).reshape(len(shows), 3)
+        cells = np.arange(first, first + len(shows))
+        made.append(
+            Feed(
+                store, cells, [0, 1, 2], NORMALISER, torch.device("cpu"), "memory", 8, stained=stained, rank=1, world=2
+            )
+        )
+        first += len(shows)
+    return made[0], made[1]
+
+
+def watched(held_out: Feed, training: Feed) -> tuple[Watch, list[str]]:
+    batch, stand_in = find_cells(held_out, training, (0,), TOY)
+    return Watch(batch, (0,), TOY, None), stand_in
+
+
+def shown(batch: Batch | None) -> list[list[int]]:
+    assert batch is not None
+    return sorted(batch.measured.int().tolist())
+
+
+def test_each_stain_is_looked_for_among_the_held_out_cells(toy: CellStore) -> None:
+    """P2, in two of 72 cells, would be missed by cells at even distances."""
+    rare = [[1, 1, 0]] * 72
+    rare[33] = rare[34] = [1, 1, 1]
+    batch, stand_in = find_cells(*feeds(toy, rare, [[1, 1, 1]] * 8), (0,), TOY)
+    assert stand_in == []
+    assert len(shown(batch)) == CELLS
+    assert shown(batch).count([1, 1, 1]) == 2
+    watch = Watch(batch, (0,), TOY, None)
+    assert watch.targets == [1, 2]
+    assert watch.blind is None
+
+
+def test_training_cells_stand_in_for_a_side_that_no_held_out_cell_shows(toy: CellStore) -> None:
+    both = [[1, 0, 0]] * 10 + [[0, 1, 1]] * 10
+    for side, missing in (([[1, 0, 0]] * 5, ["P1", "P2"]), ([[0, 1, 1]] * 5, ["DNA"]), ([], ["P1", "P2", "DNA"])):
+        watch, stand_in = watched(*feeds(toy, side, both))
+        assert stand_in == missing
+        assert watch.targets == [1, 2]
+        spread, picture = watch.look(Fake(lambda x, m, t: x[:, [0] * len(t)]), 1)
+        assert spread.keys() == {"diversity/P1", "diversity/P2"}
+        assert picture is not None
+
+
+def test_held_out_cells_that_show_a_stain_go_before_training_cells_that_show_it_beside_the_source(
+    toy: CellStore,
+) -> None:
+    batch, stand_in = find_cells(*feeds(toy, [[1, 0, 0], [0, 1, 1]] * 5, [[1, 1, 1]] * 10), (0,), TOY)
+    assert stand_in == []
+    assert shown(batch) == [[0, 1, 1]] * 5 + [[1, 0, 0]] * 5
+
+
+def test_what_counts_as_unstained_is_not_looked_at(toy: CellStore) -> None:
+    batch, _ = find_cells(*feeds(toy, [[1, 1, 0]] * 6, [[1, 1, 0]] * 6), (0,), TOY)
+    assert batch is not None
+    assert not batch.images[:, 2].any()
+
+
+def test_what_cannot_be_watched_is_said(toy: CellStore) -> None:
+    watch, stand_in = watched(*feeds(toy, [[1, 1, 0]] * 6, [[1, 1, 0], [1, 1, 1]]))
+    assert stand_in == []
+    assert watch.blind is not None
+    assert watch.blind.startswith("P2 cannot be watched, neither in pictures nor for mode collapse: too few cells")
+    watch, _ = watched(*feeds(toy, [[0, 1, 1]] * 6, [[1, 1, 1]] + [[0, 1, 1]] * 4))
+    assert watch.blind is not None
+    assert watch.blind.startswith("P1, P2 cannot be watched")
+    assert "DNA" in watch.blind
+    assert watch.look(Fake(the_truth), 1) == ({}, None)
