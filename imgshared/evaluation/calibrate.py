@@ -19,6 +19,7 @@ from sklearn.covariance import LedoitWolf
 from imgshared.data.features import typical_radius
 from imgshared.data.store import CellStore
 from imgshared.evaluation.floors import Floors
+from imgshared.evaluation.judgeable import sampled, unpaired
 from imgshared.prediction import Run, predict_cells
 from imgshared.prediction.trust import CLIP, FILE, Trust, describe_latent, describe_source, distance
 from imgshared.prediction.types import Floats, PredictedCells
@@ -41,7 +42,7 @@ def calibrate(run: Run, store: CellStore) -> Path | None:
     path = run.path / FILE
     if path.exists() and path.stat().st_mtime_ns > run.checkpoint.stat().st_mtime_ns:
         return path
-    train, val = sampled(run, store)
+    train, val = sampled(run, store, CELLS)
     if not len(val) or not len(train) or not run.fabric.is_global_zero:
         return None
     radius = typical_radius(store.masks(train))
@@ -49,18 +50,6 @@ def calibrate(run: Run, store: CellStore) -> Path | None:
     groups = store.obs[run.split.by].astype(str).to_numpy().astype(str)[val]
     _fit(run, store, val, groups, floors, radius, reference).save(path)
     return path
-
-
-def sampled(run: Run, store: CellStore) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Draw training and validation cells that have the model's sources."""
-    parts = run.split.assign(store.obs)
-    needed = [run.panel.chromatin, *(run.panel.markers[c] for c in run.method.sources or ())]
-    given = store.measured[:, store.panel.indices(needed)].all(1)
-    rng = np.random.default_rng(0)
-    train, val = (
-        np.sort(rng.permutation(np.flatnonzero((parts == part) & given))[:CELLS]) for part in ("train", "val")
-    )
-    return train, val
 
 
 class Reference(NamedTuple):
@@ -77,6 +66,8 @@ def _learn(run: Run, store: CellStore, train: NDArray[np.intp], radius: float) -
     """Return the floors, and what sources look like."""
     floors = Floors(len(run.panel), run.panel.chromatin_index)
     latents, sources = [], []
+    for images, measured in unpaired(run, store, CELLS):
+        floors.add(images, measured)
     for done in _blocks(run, store, train):
         floors.add(done.real, done.measured)
         sources.append(describe_source(done, run.source_channel, radius))

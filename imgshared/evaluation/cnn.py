@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from imgshared.data.panel import nearest
 from imgshared.evaluation.jobs import Cells, Job, Probabilities
 from imgshared.evaluation.labels import inner_groups
 from imgshared.training.devices import has_bf16
@@ -149,10 +150,8 @@ def build(training: Training, channels: int, classes: int) -> nn.Module:
                 training.model, pretrained=False, in_chans=channels, num_classes=classes
             )
         except RuntimeError as error:
-            near = timm.list_models(f"*{training.model[:6]}*")[:3]
-            raise InputError(
-                f"cnn: timm knows no model {training.model!r}. Near: {', '.join(near) or 'none'}"
-            ) from error
+            near = nearest(training.model, timm.list_models())
+            raise InputError(f"cnn: timm knows no model {training.model!r}.{near}") from error
     return _by_groups(network).to(_device())
 
 

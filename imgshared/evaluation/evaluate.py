@@ -19,6 +19,7 @@ from imgshared.data.store import CellStore
 from imgshared.evaluation import checks, coverage, fidelity, figure_data, imputability, morphology, verdict
 from imgshared.evaluation.classify import classify
 from imgshared.evaluation.collect import Part, Predict, Progress
+from imgshared.evaluation.judgeable import lacking
 from imgshared.evaluation.kept import Keeper
 from imgshared.evaluation.labels import read_label
 from imgshared.evaluation.probes import probe
@@ -232,6 +233,7 @@ def _judge(looked: Study, cache: Path, say: Progress) -> tuple[dict[str, pd.Data
 def _told_of(run: Run, looked: Study) -> Iterator[str]:
     """Say what a reader must know of the run and the store."""
     store, config = looked.store, looked.config
+    yield from _told_of_cells(looked)
     if config.predictions is not None:
         yield f"The images judged were read from {config.predictions}; latents are those of {run.path}"
     if config.sharp:
@@ -248,6 +250,20 @@ def _told_of(run: Run, looked: Study) -> Iterator[str]:
         yield f"Predicted from {names}, which are not judged; read {names} for {run.panel.chromatin} as the source"
     if len(set(looked.test.fidelity["group"])) == 1:
         yield f"One value of {config.group!r} is held out: no interval can be given, verdicts rest on it alone"
+
+
+def _told_of_cells(looked: Study) -> Iterator[str]:
+    """Say which held-out cells are not judged, and which stains have no linear floor: cells may be unpaired."""
+    why = ((looked.unpredicted, lacking(looked.run)), (looked.bare, "show no protein to judge"))
+    left = [f"{count:,} {what}" for count, what in why if count]
+    if left:
+        total = looked.unpredicted + looked.bare + looked.counts()["test"][1]
+        yield f"Not judged of {total:,} held-out cells: {', '.join(left)}"
+    panel, judged = looked.run.panel, dict.fromkeys(looked.test.fidelity["marker"])
+    alone = [m for m in judged if not any(look.train.measured[:, panel.index(m)].any() for look in looked.looks)]
+    if alone:
+        names = ", ".join(alone)
+        yield f"No training cell shows {names} beside {panel.chromatin}: the linear floor is the mean picture"
 
 
 def _measure(test: Part, panel: Panel, config: EvaluateConfig) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:

@@ -56,7 +56,8 @@ class Stored:
     path
         An AnnData store whose obs names are the cells (and whose `store_hash`, where it has one, is the measured
         store's) and whose ``obsm["predicted_images"]`` (``sharp_images``) holds
-        (N, T, Y, X) raw intensities of the markers of its `var`. Other markers are not judged.
+        (N, T, Y, X) raw intensities of the markers of its `var`. Other markers are not judged. Cells that lack what
+        these were predicted from (its `sources`, else the run's) need not be there, and are not judged.
     """
 
     def __init__(self, predict: Predict, run: Run, store: CellStore, path: Path, *, sharp: bool) -> None:
@@ -87,7 +88,10 @@ class Stored:
                 "the same names. Predict this store again"
             )
         self._rows = names.get_indexer(store.obs.index.astype(str))
-        lacking = np.flatnonzero(self._rows < 0)
+        ours = [run.panel.markers[c] for c in run.method.sources or (run.panel.chromatin_index,)]
+        sources = [store.panel.find(marker) for marker in self._given.info.get("sources", ours)]
+        able = store.measured[:, [c for c in sources if c is not None]].all(1)
+        lacking = np.flatnonzero((self._rows < 0) & able)
         if len(lacking):
             raise InputError(
                 f"predictions: {path} does not belong to {store.path}: {len(lacking):,} of {len(store):,} cells are "
@@ -99,10 +103,11 @@ class Stored:
         done = self._predict(run, store, cells, **wishes)
         if store.path != self._store.path:
             return done
-        raw = torch.from_numpy(self._given.obsm(self._name, self._rows[cells]).astype(np.float32))
+        there = np.flatnonzero(self._rows[cells] >= 0)
+        raw = torch.from_numpy(self._given.obsm(self._name, self._rows[cells[there]]).astype(np.float32))
         images, known = np.zeros_like(done.images["predicted"]), np.zeros_like(done.measured)
-        images[:, self._channels] = run.normaliser.select(self._channels).forward(raw).numpy()
-        known[:, self._channels] = known[:, run.panel.chromatin_index] = True
+        images[there[:, None], self._channels] = run.normaliser.select(self._channels).forward(raw).numpy()
+        known[there[:, None], self._channels] = known[:, run.panel.chromatin_index] = True
         return dataclasses.replace(
             done, images={**done.images, "predicted": images}, measured=done.measured & known, scale=None
         )

@@ -16,6 +16,7 @@ from imgshared.config import EvaluateConfig
 from imgshared.data.normalise import fit_normaliser
 from imgshared.data.split import Split, column
 from imgshared.data.store import CellStore
+from imgshared.evaluation.judgeable import judgeable, with_sources
 from imgshared.prediction import Run
 from imgshared.types import InputError
 
@@ -32,7 +33,9 @@ class Cohort:
     source
         The store that holds the training cells: the judged one, or the one that trained the model.
     train, judged
-        Rows of `source`, rows of the judged store.
+        Rows of `source`, rows of the judged store; see `judgeable.with_sources` and `judgeable.judgeable`.
+    unpredicted, bare
+        Held-out cells that are not judged, see `judgeable.Judgeable`.
     leaks
         What the result may not be believed for, in sentences.
     cautions
@@ -42,6 +45,8 @@ class Cohort:
     source: CellStore
     train: NDArray[np.intp]
     judged: NDArray[np.intp]
+    unpredicted: int
+    bare: int
     leaks: list[str]
     cautions: list[str]
 
@@ -55,7 +60,7 @@ def cohort(run: Run, store: CellStore, config: EvaluateConfig) -> Cohort:
     ------
     InputError
         Where no group is unseen, a value of `config.group` is on both sides, stored predictions are of a model that has
-        seen the judged groups, or no training cell can be found.
+        seen the judged groups, no training cell can be found, or no held-out cell can be judged.
     """
     parts = run.split.assign(store.obs)
     values = store.obs[run.split.by].astype(str).to_numpy()
@@ -81,7 +86,14 @@ def cohort(run: Run, store: CellStore, config: EvaluateConfig) -> Cohort:
     source = store if (parts == "train").any() else run.training_store(why)
     train = np.flatnonzero(run.split.assign(source.obs) == "train")
     leaks += [*_normaliser(run, source, train), *foreign]
-    return Cohort(source, train, np.flatnonzero(judged), leaks, [*_scaled(store), *doubts, *unknown])
+    taught = with_sources(run, source, train)
+    if not len(taught):
+        raise InputError(
+            f"{source.path}: none of the {len(train):,} training cells shows what the model predicts from, and the "
+            "floors need some: give a store with such cells"
+        )
+    chosen = judgeable(run, store, np.flatnonzero(judged))
+    return Cohort(source, taught, *chosen, leaks, [*_scaled(store), *doubts, *unknown])
 
 
 def _trained(run: Run, store: CellStore, config: EvaluateConfig) -> tuple[list[pd.DataFrame], list[str]]:

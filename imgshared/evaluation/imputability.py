@@ -20,6 +20,7 @@ from imgshared.build import build_measured
 from imgshared.data.store import CellStore
 from imgshared.evaluation.collect import collect
 from imgshared.evaluation.floors import Floors
+from imgshared.evaluation.judgeable import sampled, unpaired
 from imgshared.prediction import Run, predict_cells
 
 FILE = "imputability.json"
@@ -107,29 +108,23 @@ def reasons(row: Mapping[str, Any]) -> str:
 def assess(run: Run, store: CellStore) -> Path | None:
     """Score a trained run on its validation groups, into its folder; None where it has none.
 
-    What is newer than the weights is not computed again. Of several processes the first one writes.
+    A marker that no validation cell shows beside what it is predicted from has no row, and `warnings_of` says so. What
+    is newer than the weights is not computed again. Of several processes the first one writes.
     """
     path = run.path / FILE
     if path.exists() and path.stat().st_mtime_ns > run.checkpoint.stat().st_mtime_ns:
         return path
     if not run.fabric.is_global_zero:
         return None
-    parts = run.split.assign(store.obs)
-    stained = store.measured[:, store.panel.indices(run.panel.markers)]
-    rng = np.random.default_rng(0)
-    chosen = []
-    for part in ("train", "val"):
-        rows = np.flatnonzero((parts == part) & stained[:, run.panel.chromatin_index] & _given(run, stained))
-        chosen.append(np.sort(rng.permutation(rows)[:CELLS]))
-    train, val = chosen
+    train, val = sampled(run, store, CELLS)
     if not len(val) or not len(train):
         return None
     floors = Floors(len(run.panel), run.panel.chromatin_index)
+    for images, measured in unpaired(run, store, CELLS):
+        floors.add(images, measured)
     make = partial(predict_cells, run, store, latents=False)
     collect(make, store, run.panel, train, fit=floors)
     found = collect(make, store, run.panel, val, against=floors).fidelity
-    if found.empty:
-        return None
     found["group"] = store.obs[run.split.by].astype(str).to_numpy()[val[found["position"].to_numpy(int)]]
     table = imputability(found, shown(run, store))
     partial_path = path.with_name(path.name + ".partial")
@@ -155,10 +150,12 @@ def warnings_of(run: Run, markers: Sequence[str]) -> list[str]:
         return []
     rows = json.loads(path.read_text())
     known = {row["marker"] for row in rows}
+    sources = [run.panel.markers[c] for c in run.method.sources or (run.panel.chromatin_index,)]
     said = [
-        f"{marker}: no validation group shows it, so how far its prediction can be trusted is not known"
+        f"{marker}: no validation cell shows it beside {', '.join(sources)}, from which it is predicted, so how far "
+        "that can be trusted is not known"
         for marker in markers
-        if marker not in known and marker != run.panel.chromatin
+        if marker not in known and marker not in (run.panel.chromatin, *sources)
     ]
     for row in rows:
         if row["marker"] not in markers:
@@ -175,11 +172,6 @@ def warnings_of(run: Run, markers: Sequence[str]) -> list[str]:
                 f"share of {row['intensity']:.2f} of the real one's variation{why}"
             )
     return said
-
-
-def _given(run: Run, stained: Any) -> Any:
-    """Return which cells have what the method is bound to."""
-    return stained[:, list(run.method.sources or ())].all(1)
 
 
 def _error(sums: pd.DataFrame) -> Any:

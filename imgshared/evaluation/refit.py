@@ -21,6 +21,7 @@ from imgshared.data.split import Split, column, make_split
 from imgshared.data.store import CellStore
 from imgshared.evaluation.collect import Progress
 from imgshared.evaluation.guard import cohort, shared_groups
+from imgshared.evaluation.judgeable import judgeable
 from imgshared.evaluation.kept import Keeper
 from imgshared.evaluation.labels import read_label
 from imgshared.evaluation.study import Study, check_columns, joined, look
@@ -73,6 +74,7 @@ def plan_folds(run: Run, store: CellStore, config: EvaluateConfig) -> list[Split
         train_or_inner, held_out = (np.isin(values, names) for names in ((*split.train, *split.val), test))
         shared_groups([store.obs[train_or_inner]], store.obs[held_out], config)
         _refuse_unstained(run, store, np.isin(values, split.train), len(folds) + 1)
+        _refuse_unjudgeable(run, store, held, len(folds) + 1)
         for name in config.labels:
             _refuse_lacking(store, name, config, np.isin(values, split.train), rest, len(folds) + 1)
         folds.append(split)
@@ -171,6 +173,14 @@ def _refuse_unstained(run: Run, store: CellStore, train: NDArray[np.bool_], k: i
             f"{marker} is measured in no training group of fold {k}, so that no model could learn it: use fewer "
             "folds, or more groups with this marker"
         )
+
+
+def _refuse_unjudgeable(run: Run, store: CellStore, held: NDArray[np.intp], k: int) -> None:
+    """Refuse a fold that holds out nothing that could be judged, before anything is trained."""
+    try:
+        judgeable(run, store, held)
+    except InputError as error:
+        raise InputError(f"fold {k} of {len(held):,} cells: {error}. Or use fewer folds") from error
 
 
 def _refuse_lacking(

@@ -23,6 +23,7 @@ from imgshared.evaluation.collect import Part, Predict, Progress, collect, join
 from imgshared.evaluation.floors import Floors
 from imgshared.evaluation.given import images_to_judge
 from imgshared.evaluation.guard import Cohort, cohort
+from imgshared.evaluation.judgeable import draw, unpaired
 from imgshared.evaluation.kept import Keeper, name_of
 from imgshared.evaluation.labels import (
     check_values,
@@ -115,6 +116,16 @@ class Study:
         """Who trained, stopped the training and was judged, an imputer."""
         return [look.run.split for look in self.looks]
 
+    @property
+    def unpredicted(self) -> int:
+        """Held-out cells without what the model predicts from; see `judgeable`."""
+        return sum(look.cohort.unpredicted for look in self.looks)
+
+    @property
+    def bare(self) -> int:
+        """Held-out cells with it, but without a protein."""
+        return sum(look.cohort.bare for look in self.looks)
+
     def counts(self) -> dict[str, tuple[int, int]]:
         """Cells looked at and cells there are, by part, over all imputers."""
         each = (("train", "train"), ("test", "judged"))
@@ -190,8 +201,8 @@ def look(
     limit = config.max_cells
     if not (on_train or config.labels or config.factors):
         limit = min(FLOOR_CELLS, limit)
-    train_cells = _sample(who.train, limit, config.seed, run, who.source)
-    test_cells = _sample(who.judged, config.max_cells, config.seed, run, store)
+    train_cells = draw(who.train, limit, config.seed)
+    test_cells = draw(who.judged, config.max_cells, config.seed)
     by_features = bool(config.labels) and "features" in config.classifiers
     radius = typical_radius(who.source.masks(train_cells)) if by_features else None
     cnn = bool(config.labels) and "cnn" in config.classifiers
@@ -203,6 +214,9 @@ def look(
     def collected() -> Iterator[Part]:
         floors = Floors(len(panel), panel.chromatin_index, seed=config.seed)
         bright = Bright(len(panel), seed=config.seed)
+        for images, measured in unpaired(run, who.source, limit, config.seed):
+            floors.add(images, measured)
+            bright.add(images, measured)
         yield collect(
             partial(_predict, partial(shown, run, who.source), bound), who.source, panel, train_cells,
             fit=floors, bright=bright, features=radius if on_train else None, crops=cnn and on_train,
@@ -217,11 +231,14 @@ def look(
     if keeper is None or cnn:
         train, test = collected()
     else:
-        key = name_of(run, [who.source, store], [train_cells, test_cells], config, [on_train, radius])
+        key = name_of(run, [who.source, store], [train_cells, test_cells], config, [on_train, radius, limit])
         parts = {f"{key}_train": (who.source, train_cells), f"{key}_test": (store, test_cells)}
         train, test = keeper.get(parts) or keeper.put(parts, collected())
     if test.fidelity.empty:
-        raise InputError(f"{store.path}: no protein of the model is measured in any held-out cell: nothing to judge")
+        raise InputError(
+            f"{config.predictions or store.path}: no protein that is predicted is measured in any held-out cell: "
+            "nothing to judge. Predict others (markers=...)"
+        )
     groups = test.obs[config.group].astype(str).to_numpy()
     for table in (test.fidelity, test.checks, test.trust):
         if len(table):
@@ -258,15 +275,3 @@ def _predict(predict: Predict, bound: list[int], cells: NDArray[np.intp], **wish
     measured = done.measured.copy()
     measured[:, bound] = False
     return dataclasses.replace(done, measured=measured)
-
-
-def _sample(rows: NDArray[np.intp], limit: int, seed: int, run: Run, store: CellStore) -> NDArray[np.intp]:
-    """Draw at most `limit` of some cells, all of them with chromatin and the sources that the method is bound to."""
-    needed = list(dict.fromkeys([run.panel.chromatin, *(run.panel.markers[c] for c in run.method.sources or ())]))
-    channels = np.asarray(store.panel.indices(needed))
-    cells: NDArray[np.intp] = rows[store.measured[np.ix_(rows, channels)].all(1)]
-    if not len(cells):
-        raise InputError(f"{store.path}: none of the {len(rows)} cells to look at has {', '.join(needed)} measured")
-    if len(cells) <= limit:
-        return cells
-    return np.sort(np.random.default_rng(seed).choice(cells, limit, replace=False))

@@ -33,8 +33,8 @@ def predict_cells(
     batch_size: int = 256,
     progress: Progress | None = None,
 ) -> PredictedCells:
-    """Predict cells into memory, in normalised units; see `predict_batches` for large stores."""
-    cells = np.arange(len(store)) if cells is None else np.asarray(cells)
+    """Predict cells, by default all that can be, into memory, in normalised units; see `predict_batches`."""
+    cells = np.flatnonzero(predictable(run, store, sources)) if cells is None else np.asarray(cells)
     if not len(cells):
         raise InputError(f"{store.path}: no cells to predict")
     parts, done = list[PredictedCells](), 0
@@ -48,6 +48,39 @@ def predict_cells(
         if progress:
             progress(done, len(cells))
     return _join(parts)
+
+
+def predictable(run: Run, store: CellStore, sources: Sequence[str] | None = None) -> NDArray[np.bool_]:
+    """Say which cells can be predicted, (N,): those that show what their prediction is made from.
+
+    All of the sources for a method that is bound to some (see `predict_batches`), any of them for another.
+
+    Raises
+    ------
+    InputError
+        Where the store breaks the model's contract, a source is unknown, or no cell can be predicted.
+    """
+    chosen = run.source_mask(sources)
+    names = [m for m, c in zip(run.panel.markers, chosen, strict=True) if c]
+    channels = run.contract.check(store, names)
+    shown = store.measured[:, [c for c, given in zip(channels, chosen, strict=True) if given and c is not None]]
+    able = shown.any(1) if run.method.sources is None else shown.all(1)
+    if not able.any():
+        other = (
+            " or name other sources=..." if run.method.sources is None else " for the model predicts from nothing else"
+        )
+        raise InputError(
+            f"{store.path}: no cell can be predicted, all {len(store):,} {lack(run, sources)}: give other cells,{other}"
+        )
+    return np.asarray(able)
+
+
+def lack(run: Run, sources: Sequence[str] | None = None) -> str:
+    """Say what keeps cells from being predicted, e.g. ``do not show DNA``."""
+    names = [m for m, c in zip(run.panel.markers, run.source_mask(sources), strict=True) if c]
+    if len(names) == 1:
+        return f"do not show {names[0]}"
+    return f"{'show none' if run.method.sources is None else 'lack some'} of {', '.join(names)}"
 
 
 @torch.inference_mode()
@@ -79,20 +112,19 @@ def predict_batches(
     Raises
     ------
     InputError
-        Where the store breaks the model's contract, a source is unknown, a cell has none of the sources, or the method
-        has no sharp output.
+        Where the store breaks the model's contract, a source is unknown, a cell cannot be predicted (see
+        `predictable`), or the method has no sharp output.
     """
-    chosen = run.source_mask(sources)
     run.refuse_sharp(sharp)
-    needed = [m for m, c in zip(run.panel.markers, chosen, strict=True) if c]
-    channels = run.contract.check(store, needed)
-    device = run.fabric.device
+    without = int((~predictable(run, store, sources)[cells]).sum())
+    if without:
+        raise InputError(
+            f"{store.path}: {without:,} of the {len(cells):,} cells asked for cannot be predicted, they "
+            f"{lack(run, sources)}: leave them out, imgshared.prediction.predictable says which can be"
+        )
+    chosen, device = run.source_mask(sources), run.fabric.device
+    channels = run.contract.check(store, ())
     feed = Feed(store, cells, channels, run.normaliser, device, "stream", batch_size)
-    shown = feed.measured[:, chosen]
-    without = ~(shown.any(1) if run.method.sources is None else shown.all(1))
-    if without.any():
-        lack = f"{int(without.sum())} cells {'have none' if run.method.sources is None else 'lack some'} of the sources"
-        raise InputError(f"{store.path}: {lack} measured ({', '.join(needed)})")
     wishes = {"full": full, "shared": shared, "sharp": sharp}
     asked, start = range(len(channels)) if targets is None else targets, 0
     for batch in feed.once(batch_size):

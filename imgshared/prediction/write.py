@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from imgshared.config import PredictConfig
 from imgshared.data.normalise import Normaliser
 from imgshared.data.store import CellStore, StoreWriter, panel_table, refuse_existing
 from imgshared.methods.base import LatentMethod
-from imgshared.prediction.cells import Progress, predict_batches
+from imgshared.prediction.cells import Progress, lack, predict_batches, predictable
 from imgshared.prediction.frames import OmeFrames, refuse_frames
 from imgshared.prediction.images import in_raw
 from imgshared.prediction.run import Run
@@ -58,10 +59,15 @@ def predict(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Path:
-    """Predict every cell of a store and write a new store; the measured images stay where they are.
+    """Predict the cells of a store and write a new store; the measured images stay where they are.
 
-    Written: `obs` of the store; `var` the predicted markers; `X` mean predicted intensity in each cell's mask;
+    Cells that do not show what they would be predicted from (see `prediction.predictable`), as half of those that were
+    never stained together, are left out of all that is written; `warn` is told how many and why. The others keep their
+    names: ``cells[predictions.obs_names]`` are their measured stains.
+
+    Written: `obs` of those cells; `var` the predicted markers; `X` mean predicted intensity in each cell's mask;
     ``layers["measured"]``; ``obsm["predicted_images"]`` (N, T, Y, X) float32 in the raw units of the images, with
     ``predicted_scale`` (standard deviation a pixel), ``interval_images`` (half width of each pixel's 90% interval),
     ``sharp_images``, ``full_images`` and ``shared_images`` on request; from a method with latents ``obsm["X_shared"]``
@@ -78,8 +84,8 @@ def predict(
     Raises
     ------
     InputError
-        Where the store breaks the model's contract, a marker is unknown, or `out` exists or is the store itself.
-        Nothing is left behind.
+        Where the store breaks the model's contract, a marker is unknown, no cell can be predicted, or `out` exists or
+        is the store itself. Nothing is left behind.
     """
     config = config or PredictConfig()
     _refuse_unknown_wishes(run, config)
@@ -93,28 +99,34 @@ def predict(
     refuse_existing(Path(out), overwrite)
     if config.ome_tiff:
         refuse_frames(store, Path(f"{out}.ome"), overwrite)
-    job, cells, fabric = Job(run, store, targets, config, _trust(run, config)), np.arange(len(store)), run.fabric
+    cells, fabric = np.flatnonzero(predictable(run, store, config.sources)), run.fabric
+    job = Job(run, store, targets, config, _trust(run, config, targets))
+    if len(cells) < len(store) and fabric.is_global_zero:
+        warn(
+            f"{len(store) - len(cells):,} of {len(store):,} cells are left out: they {lack(run, config.sources)}, from "
+            "which the others are predicted"
+        )
     if fabric.world_size == 1:
         return _write(job, _predicted(job, cells), out, cells, overwrite, progress)
     parts = [Path(f"{out}.part{rank}") for rank in range(fabric.world_size)]
-    share = _shares(len(store), config.batch_size, fabric.world_size)[fabric.global_rank]
+    share = _shares(cells, config.batch_size, fabric.world_size)[fabric.global_rank]
     plain = replace(job, config=replace(config, ome_tiff=False))
     try:
         _write(plain, _predicted(job, share), parts[fabric.global_rank], share, True, progress)
         fabric.barrier()
         if fabric.is_global_zero:
-            _write(job, _stored(parts, config.batch_size), out, cells, overwrite, progress)
+            _write(job, _stored(parts, cells, config.batch_size), out, cells, overwrite, progress)
         fabric.barrier()
     finally:
         shutil.rmtree(parts[fabric.global_rank], ignore_errors=True)
     return out
 
 
-def _shares(cells: int, batch_size: int, ranks: int) -> list[NDArray[np.intp]]:
+def _shares(cells: NDArray[np.intp], batch_size: int, ranks: int) -> list[NDArray[np.intp]]:
     """Cut the cells into as many runs of whole batches, in order; there may be empty ones."""
-    batches = -(-cells // batch_size)
-    edges = [min(cells, batch_size * (batches * rank // ranks)) for rank in range(ranks + 1)]
-    return [np.arange(a, b) for a, b in itertools.pairwise(edges)]
+    batches = -(-len(cells) // batch_size)
+    edges = [batch_size * (batches * rank // ranks) for rank in range(ranks + 1)]
+    return [cells[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def _write(
@@ -151,7 +163,7 @@ def _write(
             obs.assign(ood=np.concatenate(odd)) if odd else obs, panel_table(run.panel).iloc[job.targets],
             np.concatenate([block.means for block in kept]),
             layers={name: np.concatenate([block.layers[name] for block in kept]) for name in kept[0].layers},
-            obsm={"spatial": store.obsm("spatial")[cells]}, info=_info(run, store, config),
+            obsm={"spatial": store.obsm("spatial")[cells]}, info=_info(run, store, config, cells),
         )  # fmt: skip
         if frames:
             frames.finish()
@@ -164,8 +176,8 @@ def _nothing(job: Job) -> Block:
     return Block(np.arange(0), {}, none.astype(np.float32), {"measured": none.astype(bool)}, None)
 
 
-def _stored(parts: Sequence[Path], batch_size: int) -> Iterator[Block]:
-    """Read back the blocks that the processes have written, in order."""
+def _stored(parts: Sequence[Path], cells: NDArray[np.intp], batch_size: int) -> Iterator[Block]:
+    """Read back the blocks that the processes have written of these cells, in order."""
     start = 0
     for part in map(CellStore, parts):
         layers, means = part.layers(), part.mean_intensity
@@ -174,7 +186,7 @@ def _stored(parts: Sequence[Path], batch_size: int) -> Iterator[Block]:
         for first in range(0, len(part), batch_size):
             rows = slice(first, min(first + batch_size, len(part)))
             yield Block(
-                np.arange(start + rows.start, start + rows.stop),
+                cells[start + rows.start : start + rows.stop],
                 {name: part.obsm(name, rows) for name in names},
                 means[rows],
                 {name: layer[rows] for name, layer in layers.items()},
@@ -222,12 +234,19 @@ def _block(job: Job, part: PredictedCells) -> Block:
     return Block(part.cells, arrays, means, layers, odd)
 
 
-def _trust(run: Run, config: PredictConfig) -> Trust | None:
+def _trust(run: Run, config: PredictConfig, targets: list[int]) -> Trust | None:
     """Return the run's calibration where it holds for these sources."""
     usual = run.source_mask(config.sources).equal(run.source_mask(None))
     trust = load_trust(run.path) if usual else None
-    if config.intervals and trust is None:
-        why = "has no validation group to calibrate on" if usual else "is calibrated for its usual sources alone"
+    if not config.intervals:
+        return trust
+    why = "" if usual else "is calibrated for its usual sources alone"
+    if usual and trust is None:
+        why = "has no validation group to calibrate on"
+    elif trust is not None and np.isnan(trust.pixel_half[targets]).all():
+        names = ", ".join(run.panel.markers[c] for c in targets)
+        why = f"could not be calibrated: no validation cell shows {names} beside what it is predicted from"
+    if why:
         raise InputError(f"intervals=true: {run.path} {why}; leave it out")
     return trust
 
@@ -255,8 +274,8 @@ def _mean_in_mask(images: Floats, masks: NDArray[np.bool_]) -> Floats:
     return np.asarray(np.einsum("ncyx,nyx->nc", images, masks.astype(np.float32)) / area, np.float32)
 
 
-def _info(run: Run, store: CellStore, config: PredictConfig) -> dict[str, Any]:
-    parts = pd.Series(run.split.assign(store.obs)).value_counts().to_dict()
+def _info(run: Run, store: CellStore, config: PredictConfig, cells: NDArray[np.integer[Any]]) -> dict[str, Any]:
+    parts = pd.Series(run.split.assign(store.obs.iloc[cells])).value_counts().to_dict()
     return {
         "kind": "predictions",
         "version": version("imgshared"),
@@ -267,6 +286,7 @@ def _info(run: Run, store: CellStore, config: PredictConfig) -> dict[str, Any]:
         "store": str(store.path.resolve()),
         "store_hash": store.data_hash,
         "sources": [run.panel.markers[c] for c in run.source_mask(config.sources).nonzero()[:, 0].tolist()],
+        "cells_left_out": len(store) - len(cells),
         "crop_px": store.crop_px,
         "pixel_size_um": store.pixel_size_um,
         "cells_by_split_of_the_model": {str(k): int(v) for k, v in parts.items()},

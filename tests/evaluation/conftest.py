@@ -125,7 +125,7 @@ def run(tmp_path):
     (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     donors = [f"donor{g:02d}" for g in range(12)]
     split = Split("group", tuple(donors[:6]), tuple(donors[6:8]), tuple(donors[8:]))
-    contract = SimpleNamespace(data_hash="of another store")
+    contract = SimpleNamespace(data_hash="of another store", check=lambda store, needed: [0, 1, 2])
 
     def gone(why):
         raise InputError(why)

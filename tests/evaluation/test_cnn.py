@@ -114,6 +114,12 @@ def test_moves_are_the_same_for_all_networks_and_others_each_step():
     assert not torch.equal(moved, cnn._move(images, np.random.default_rng(1)))
 
 
-def test_unknown_network_is_named():
-    with pytest.raises(InputError, match="no model 'resnet10x'"):
-        fit_networks([blobs()[0]], Training("resnet10x", 20, 0))
+@pytest.mark.parametrize(("name", "near"), [("resnt10t", "resnet10t"), ("effcientnet_b0", "efficientnet_b0")])
+def test_an_unknown_network_is_named_with_the_nearest(name, near):
+    with pytest.raises(InputError, match=rf"^cnn: timm knows no model '{name}'\. Did you mean '{near}'\?$"):
+        fit_networks([blobs()[0]], Training(name, 20, 0))
+
+
+def test_a_network_like_no_other_is_named_alone():
+    with pytest.raises(InputError, match=r"^cnn: timm knows no model '0000000'\.$"):
+        fit_networks([blobs()[0]], Training("0000000", 20, 0))

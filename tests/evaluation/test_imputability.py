@@ -89,7 +89,7 @@ def test_a_trained_run_knows_and_predict_warns(trained_run, toy, tmp_path):
     assert rows["P1"]["intensity_low"] is None  # one validation group has no interval
     before = path.stat().st_mtime_ns
     assert assess(trained_run, toy).stat().st_mtime_ns == before
-    assert "P3: no validation group shows it" in warnings_of(trained_run, ["P3"])[0]
+    assert "P3: no validation cell shows it beside DNA" in warnings_of(trained_run, ["P3"])[0]
     said = warnings_of(trained_run, ["P1"])  # its brightness is its own, and two epochs teach little
     assert len(said) == 1
     assert said[0].startswith("P1: ")

@@ -56,5 +56,6 @@ def test_a_stain_that_the_method_is_given_is_none_to_judge(
     found = evaluate(run, store, tmp_path / "out", EvaluateConfig(labels=("label",)))
     for table in (found.stains, found.fidelity, found.classifiers, found.cells):
         assert set(table["marker"]) == {"P2"}
-    assert found.metrics["cells_used"]["test"] == 11
+    assert found.metrics["cells_used"]["test"] == 6
+    assert "Not judged of 16 held-out cells: 5 lack some of DNA, P1, 5 show no protein to judge" in found.notes
     assert "Predicted from DNA, P1, which are not judged" in (tmp_path / "out" / "report.html").read_text()
