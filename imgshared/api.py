@@ -166,7 +166,8 @@ def predict(
 ) -> Path:
     """Predict the unmeasured stains of a cell store, a slide (TIFF, OME-Zarr) or an OME-Zarr plate.
 
-    A store's go into a new store, settings are those of `PredictConfig`; a slide's into an OME-Zarr image, or where
+    A store's go into a new store (cells that do not show the sources are left out, and said), settings are those of
+    `PredictConfig`; a slide's into an OME-Zarr image, or where
     `out` ends in .ome.tif an OME-TIFF, settings are those of `SlideConfig`. Without `out` they go to
     ``<run>/predictions/<name>``. Warns of markers that the run's validation groups speak against (`imputability.json`
     in its folder).
@@ -174,11 +175,15 @@ def predict(
     run = _opened_run(run)
     slide = not isinstance(data, CellStore) and is_slide(Path(data))
     config = _settings(SlideConfig if slide else PredictConfig, settings)
-    for warning in warnings_of(run, config.markers or run.panel.proteins):
+
+    def warn(text: str) -> None:
         if console is None:
-            warnings.warn(warning, stacklevel=2)
+            warnings.warn(text, stacklevel=3)
         else:
-            console.print(f"imgshared: warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+            console.print(f"imgshared: warning: {text}", style="yellow", highlight=False, soft_wrap=True)
+
+    for text in warnings_of(run, config.markers or run.panel.proteins):
+        warn(text)
     if not isinstance(data, CellStore) and slide:
         path = Path(data)
         out = Path(out) if out is not None else run.results / "predictions" / f"{stem(path.name)}.ome.zarr"
@@ -189,8 +194,9 @@ def predict(
     out = Path(out) if out is not None else run.results / "predictions" / f"{store.path.stem}.zarr"
     with _bar(console, "predict") as moved:
         return _predict(
-            run, store, out, config, overwrite=overwrite, progress=lambda done, total: moved("predict", done, total)
-        )
+            run, store, out, config, overwrite=overwrite, warn=warn,
+            progress=lambda done, total: moved("predict", done, total),
+        )  # fmt: skip
 
 
 def export(run: Run | PathLike, out: PathLike, **settings: Any) -> Path:
