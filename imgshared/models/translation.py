@@ -211,8 +211,8 @@ class TranslationNetwork(nn.Module):
         is, the mean tells best, and a discriminator that had a say in it would only add noise.
         """
         assert self.texture is not None
-        out = self.texture(trunk, self.marker(channels).detach(), channels)
-        return mean.detach() + less_wide(out[..., : mean.shape[-2], : mean.shape[-1]])
+        out = less_wide(self.texture(trunk, self.marker(channels).detach(), channels))  # as of an image that was padded
+        return mean.detach() + out[..., : mean.shape[-2], : mean.shape[-1]]
 
 
 class Head(nn.Module):
