@@ -4,7 +4,7 @@ written, and refuses what cannot be used before any work is done."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from imgshared.types import InputError
 @dataclass(frozen=True)
 class Source:
     """An image that the first pass has accepted: `channels` are the panel's channels that it holds, by their names in
-    the file, `shape` is (Y, X) after resampling, `pixel_size_um` that of the file."""
+    the file, `shape` is (Y, X) after resampling, `pixel_size_um` that of the file. Chromatin is among them but where
+    the cells were not stained for it, which takes a mask."""
 
     row: ManifestRow
     file: ImageFile
@@ -60,7 +61,7 @@ def make_plan(
     first, sources = opened[0], []
     for row, file, names in zip(table.rows, opened, held, strict=True):
         if panel.chromatin not in names:
-            raise InputError(f"{row.path} lacks the chromatin marker {panel.chromatin!r}: it holds {', '.join(names)}")
+            _refuse_without_chromatin(row, panel.chromatin, names)
         if file.dtype != first.dtype:
             raise InputError(
                 f"{row.path} is {file.dtype}, but {table.rows[0].path} is {first.dtype}: raw intensities of one store "
@@ -69,13 +70,32 @@ def make_plan(
         own = file.pixel_size_um or source_pixel_size_um
         shape = _stored_shape(row, file, own, pixel_size_um, crop_px)
         held_here = {panel.markers.index(m): name for m, name in names.items() if m in panel.markers}
+        if not held_here:
+            raise InputError(
+                f"{row.path} holds none of {', '.join(panel.markers)}, only {', '.join(names)}: leave it out"
+            )
         sources.append(Source(row, file, held_here, shape, own))
     size = pixel_size_um or _common_pixel_size(sources)
     warnings = _left_out(opened)
+    without = sum(panel.chromatin_index not in source.channels for source in sources)
+    if without:
+        warnings.append(
+            f"{without} of {len(sources)} images do not show {panel.chromatin}: methods for cells that were never "
+            "stained together learn from theirs, too, but nothing is predicted from it there"
+        )
     warnings += [] if table.group_column else ["the manifest has no group column: each image is a group of its own"]
     if size is None:
         warnings.append("pixel size unknown: positions are in pixels; source_pixel_size_um gives it")
     return Plan(panel, tuple(sources), first.dtype, size, tuple(warnings))
+
+
+def _refuse_without_chromatin(row: ManifestRow, chromatin: str, names: Iterable[str]) -> None:
+    """Refuse an image without chromatin that has it by another name, or no mask to find its cells by."""
+    lacks = f"{row.path} lacks the chromatin marker {chromatin!r}: it holds {', '.join(names)}"
+    if other := guess_chromatin([*names]):
+        raise InputError(f"{lacks}. If {other} is the same, say so: aliases={{{chromatin}: [{other}]}}")
+    if row.mask is None:
+        raise InputError(f"{lacks}, and without a mask of its nuclei or cells nothing tells where these are")
 
 
 def _known(aliases: Mapping[str, tuple[str, ...]]) -> dict[str, str]:

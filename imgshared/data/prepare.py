@@ -206,7 +206,8 @@ class _Tally:
         """Read one image, tile by tile where it has a mask, and append its cells."""
         with self._opened(source) as (image, labels, raw):
             stride = stride_of(image.shape)
-            found = scan(image, list(source.channels).index(self.plan.panel.chromatin_index), stride)
+            chromatin = self.plan.panel.chromatin_index
+            found = scan(image, list(source.channels).index(chromatin) if chromatin in source.channels else 0, stride)
             extremes = zip(raw.least.tolist(), raw.most.tolist(), strict=True)  # of the file's own pixels
             self.extremes.append(dict(zip(source.channels, extremes, strict=True)))
             cells, dropped = find_cells(found, image.shape, self.crop_px, labels)

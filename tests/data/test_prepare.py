@@ -280,6 +280,36 @@ def test_options_that_do_not_fit_the_images(manifest, options, message):
     assert not list(manifest.parent.glob("out.zarr*"))
 
 
+def test_cells_that_were_not_stained_for_chromatin_are_cut_by_their_mask(manifest):
+    folder = manifest.parent
+    write_image(folder, "b.ome.tif", ("CD3", "CD8"))
+    summary = run(manifest)
+    assert any(w.startswith("1 of 2 images do not show DNA") for w in summary.warnings)
+    store = CellStore(folder / "out.zarr")
+    of_b = store.obs["image"].to_numpy() == "b"
+    assert of_b.sum() == (~of_b).sum() == len(KEPT)
+    shown = {m: store.measured[of_b, store.panel.index(m)] for m in store.panel.markers}
+    assert {m for m, known in shown.items() if known.all()} == {"CD3", "CD8"}
+    assert {m for m, known in shown.items() if known.any()} == {"CD3", "CD8"}
+    assert not store.images(np.flatnonzero(of_b))[:, store.panel.chromatin_index].any()
+    assert (folder / "out.qc" / "b.png").exists()
+
+
+def test_without_chromatin_there_must_be_a_mask_and_no_other_name_of_it(manifest):
+    folder = manifest.parent
+    change(manifest, "b_mask.tif", "")
+    write_image(folder, "b.ome.tif", ("CD3", "CD8"))
+    with pytest.raises(InputError, match=r"b\.ome\.tif lacks the chromatin marker 'DNA': .*without a mask"):
+        run(manifest)
+    change(manifest, "b.ome.tif,", "b.ome.tif,b_mask.tif")
+    write_image(folder, "b.ome.tif", ("CD3", "Hoechst"))
+    with pytest.raises(InputError, match=r"b\.ome\.tif lacks .* say so: aliases=\{DNA: \[Hoechst\]\}"):
+        run(manifest)
+    write_image(folder, "b.ome.tif", ("CD3", "CD8"))
+    with pytest.raises(InputError, match=r"b\.ome\.tif holds none of .*LaminB1.*, only CD3, CD8: leave it out"):
+        run(manifest, markers=["LaminB1"])
+
+
 def test_no_chromatin_name(tmp_path):
     write_image(tmp_path, "a.ome.tif", ("CD3", "LaminB1"))
     with pytest.raises(InputError, match="no marker has a usual chromatin name among CD3, LaminB1"):
