@@ -260,10 +260,10 @@ def _told_of_cells(looked: Study) -> Iterator[str]:
         total = looked.unpredicted + looked.bare + looked.counts()["test"][1]
         yield f"Not judged of {total:,} held-out cells: {', '.join(left)}"
     panel, judged = looked.run.panel, dict.fromkeys(looked.test.fidelity["marker"])
-    alone = [m for m in judged if not any(look.train.measured[:, panel.index(m)].any() for look in looked.looks)]
+    alone = [m for m in judged if not all(look.train.measured[:, panel.index(m)].any() for look in looked.looks)]
     if alone:
-        names = ", ".join(alone)
-        yield f"No training cell shows {names} beside {panel.chromatin}: the linear floor is the mean picture"
+        where, what = " in some folds" if len(looked.looks) > 1 else "", f"{', '.join(alone)} beside {panel.chromatin}"
+        yield f"No training cell that was looked at shows {what}{where}: the linear floor is the mean picture there"
 
 
 def _measure(test: Part, panel: Panel, config: EvaluateConfig) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:

@@ -151,12 +151,12 @@ def warnings_of(run: Run, markers: Sequence[str]) -> list[str]:
     rows = json.loads(path.read_text())
     known = {row["marker"] for row in rows}
     sources = [run.panel.markers[c] for c in run.method.sources or (run.panel.chromatin_index,)]
+    unseen = [m for m in markers if m not in known and m not in (run.panel.chromatin, *sources)]
+    it = "it" if len(unseen) == 1 else "them"
     said = [
-        f"{marker}: no validation cell shows it beside {', '.join(sources)}, from which it is predicted, so how far "
-        "that can be trusted is not known"
-        for marker in markers
-        if marker not in known and marker not in (run.panel.chromatin, *sources)
-    ]
+        f"{', '.join(unseen)}: no validation cell shows {it} beside {', '.join(sources)}, so how far predictions from "
+        "there can be trusted is not known"
+    ][: len(unseen)]
     for row in rows:
         if row["marker"] not in markers:
             continue

@@ -122,9 +122,10 @@ class TimmPyramid(nn.Module):
             )
         levels = tuple(range(len(channels)))
         try:
-            self.body = timm.create_model(
-                name, pretrained=False, features_only=True, in_chans=inputs, out_indices=levels
-            )
+            with torch.inference_mode(False):  # whose tensors have no gradients, by which the last lines here go
+                self.body = timm.create_model(
+                    name, pretrained=False, features_only=True, in_chans=inputs, out_indices=levels
+                )
         except (RuntimeError, AttributeError, TypeError) as error:
             raise InputError(f"method.backbone: {name} gives no pyramid of features ({error})") from error
         except (IndexError, AssertionError) as error:  # as timm says it of either kind of model
@@ -133,7 +134,8 @@ class TimmPyramid(nn.Module):
         self.reductions = tuple(info.reduction())
         for height, width in ((4, 4), (3, 5)):
             self._try(height * self.reductions[-1], width * self.reductions[-1])
-        _drop_unheard(self.body, torch.zeros(1, inputs, *2 * (4 * self.reductions[-1],)))
+        with torch.inference_mode(False), torch.enable_grad():
+            _drop_unheard(self.body, torch.zeros(1, inputs, *2 * (4 * self.reductions[-1],)))
         self.project = nn.ModuleList([nn.Conv2d(a, b, 1) for a, b in zip(info.channels(), channels, strict=True)])
         self.conditions = _conditions(marker_dim, channels)
 
@@ -236,9 +238,13 @@ def _window(n: int, step: int, side: int, device: torch.device) -> Tensor:
 def _drop_unheard(body: nn.Module, image: Tensor) -> None:
     """Put nothing in place of the parts of a backbone that no level hears; some of timm's run on behind the last."""
     torch.stack([h.float().sum() for h in body.eval()(image)]).sum().backward()
-    for name, module in list(body.named_modules()):
-        own = list(module.parameters())
-        if own and all(p.grad is None for p in own):
+    unheard = [
+        name
+        for name, module in body.named_modules()
+        if any(True for _ in module.parameters()) and all(p.grad is None for p in module.parameters())
+    ]
+    for name in unheard:
+        if not any(name.startswith(f"{whole}.") for whole in unheard):
             body.set_submodule(name, nn.Identity())
     body.train().zero_grad()
 

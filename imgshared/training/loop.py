@@ -96,6 +96,10 @@ class Trainer:
         refuse_ignored(self.config, method.stages)
         if method.tables and self.config.balance == "panels":
             raise InputError("train.balance=panels may draw a cell twice at once, which free latents cannot: use cells")
+        if any(stage.whole for stage in method.stages) and self.config.balance == "panels":
+            raise InputError(
+                "train.balance=panels leaves out cells and repeats others, and here each counts once: use cells"
+            )
         self._refuse_empty_parts(len(cells["train"]))
         begin_run(experiment, run, resume, self.fabric)  # after all that may refuse the configuration
         if self.fabric.is_global_zero:
@@ -274,7 +278,7 @@ class Trainer:
         values.pop(MEASURE, None)
         self.log.record(at.total, at.epoch, stage.name, "val", values | spread)
         self.log.picture(picture, at.total)
-        if self.method.progress > SETTLED:
+        if self._last and self.method.progress > SETTLED:  # empty where the run went on after the epoch's last step
             signs = {sign.partition("(")[0]: sign for sign in self.method.signs(self._last)}
             self.notes.of_epoch(at.epoch, signs | collapsed(spread, self.watch.told))
         if stage.monitored and "loss" not in values:

@@ -18,8 +18,8 @@ from imgshared.data.panel import Panel
 from imgshared.methods.base import Method
 from imgshared.types import Batch
 
-CELLS, SHOWN, STAINS = 64, 6, 6  # cells that are translated; rows and stains of the picture
-EACH = 4  # cells that show a stain, at least, where there are so many
+CELLS, SHOWN, STAINS = 64, 6, 6  # cells that are translated, about; rows and stains of the picture
+EACH = 4  # cells that show a stain, at least, where there are so many: panels of many stains take more than `CELLS`
 COLLAPSED = 0.05  # of the real spread between cells
 GAP, CAPTION = 2, 14  # px
 
@@ -78,8 +78,8 @@ class Watch:
         """Translate; write ``<step>.png`` and return the spread of each stain and the picture, (Y, X) uint8.
 
         ``diversity/<marker>``: standard deviation between cells, mean over pixels, predicted (sharp, where the method
-        has such an output) over real; a method that
-        predicts the mean of what is possible stays below 1, a collapsed one near 0.
+        has such an output) over real; a method that predicts the mean of what is possible stays below 1, a collapsed
+        one near 0.
         """
         if not self.targets:
             return {}, None

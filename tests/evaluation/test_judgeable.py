@@ -77,7 +77,10 @@ def test_floors_know_the_mean_picture_of_what_no_training_cell_shows_beside_the_
     found = api.evaluate(translated, some, tmp_path / "out")
     assert set(found.fidelity["prediction"]) >= {"linear", "marker_mean"}
     assert found.checks["value"].notna().any()
-    assert "No training cell shows P1, P2 beside DNA: the linear floor is the mean picture" in found.notes
+    assert (
+        "No training cell that was looked at shows P1, P2 beside DNA: the linear floor is the mean picture there"
+        in found.notes
+    )
     crops = [images[measured[:, 1], 1] for images, measured in unpaired(translated, some, 100)]
     rows = np.flatnonzero(ODD[:48])
     raw, norm = some.images(rows)[:, 1], translated.normaliser
@@ -102,7 +105,7 @@ def test_without_such_validation_cells_nothing_is_vouched_for_and_that_is_told(t
     assess(run, apart)
     said = warnings_of(run, ["DNA", "P1"])
     assert len(said) == 1
-    assert said[0].startswith("P1: no validation cell shows it beside DNA, from which it is predicted")
+    assert said[0].startswith("P1: no validation cell shows it beside DNA, so how far predictions from there")
 
 
 def test_why_nothing_can_be_judged_is_told(trained_run, apart, tmp_path, arrays, write_store):

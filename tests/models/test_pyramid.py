@@ -126,6 +126,14 @@ def test_what_a_backbone_runs_behind_the_last_level_is_dropped():
     assert all(p.grad is not None for p in net.parameters())
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_backbone_can_be_made_where_no_gradients_are(mode):
+    with mode():
+        net = TimmPyramid("mobilenetv3_small_050", (4, 6))
+    assert all(p.requires_grad for p in net.body.parameters())
+    assert not any(isinstance(m, nn.Identity) and list(m.children()) for m in net.modules())
+
+
 def test_pyramids_take_images_of_any_number_of_channels():
     image = torch.rand(2, 3, 32, 40)
     for net in (ConvPyramid((4, 6), inputs=3), TimmPyramid("resnet10t", (4, 6), inputs=3)):
