@@ -167,10 +167,9 @@ def predict(
     """Predict the unmeasured stains of a cell store, a slide (TIFF, OME-Zarr) or an OME-Zarr plate.
 
     A store's go into a new store (cells that do not show the sources are left out, and said), settings are those of
-    `PredictConfig`; a slide's into an OME-Zarr image, or where
-    `out` ends in .ome.tif an OME-TIFF, settings are those of `SlideConfig`. Without `out` they go to
-    ``<run>/predictions/<name>``. Warns of markers that the run's validation groups speak against (`imputability.json`
-    in its folder).
+    `PredictConfig`; a slide's into an OME-Zarr image, or where `out` ends in .ome.tif an OME-TIFF, settings are those
+    of `SlideConfig`. Without `out` they go to ``<run>/predictions/<name>``. Warns of markers that the run's validation
+    groups speak against (`imputability.json` in its folder).
     """
     run = _opened_run(run)
     slide = not isinstance(data, CellStore) and is_slide(Path(data))

@@ -88,8 +88,7 @@ class Stored:
                 "the same names. Predict this store again"
             )
         self._rows = names.get_indexer(store.obs.index.astype(str))
-        ours = [run.panel.markers[c] for c in run.method.sources or (run.panel.chromatin_index,)]
-        sources = [store.panel.find(marker) for marker in self._given.info.get("sources", ours)]
+        sources = [store.panel.find(marker) for marker in self._given.info.get("sources", run.sources)]
         able = store.measured[:, [c for c in sources if c is not None]].all(1)
         lacking = np.flatnonzero((self._rows < 0) & able)
         if len(lacking):

@@ -150,13 +150,13 @@ def warnings_of(run: Run, markers: Sequence[str]) -> list[str]:
         return []
     rows = json.loads(path.read_text())
     known = {row["marker"] for row in rows}
-    sources = [run.panel.markers[c] for c in run.method.sources or (run.panel.chromatin_index,)]
-    unseen = [m for m in markers if m not in known and m not in (run.panel.chromatin, *sources)]
-    it = "it" if len(unseen) == 1 else "them"
-    said = [
-        f"{', '.join(unseen)}: no validation cell shows {it} beside {', '.join(sources)}, so how far predictions from "
-        "there can be trusted is not known"
-    ][: len(unseen)]
+    unseen = [m for m in markers if m not in known and m not in (run.panel.chromatin, *run.sources)]
+    said = list[str]()
+    if unseen:
+        said.append(
+            f"{', '.join(unseen)}: no validation cell shows {'it' if len(unseen) == 1 else 'them'} beside "
+            f"{', '.join(run.sources)}, so how far predictions from there can be trusted is not known"
+        )
     for row in rows:
         if row["marker"] not in markers:
             continue

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from imgshared.data.feed import Feed
 from imgshared.data.store import CellStore
 from imgshared.prediction import Run
+from imgshared.prediction.cells import lack_of
 from imgshared.types import InputError
 
 BLOCK = 256
@@ -64,15 +65,13 @@ def judgeable(run: Run, store: CellStore, held: Rows) -> Judgeable:
 
 def lacking(run: Run) -> str:
     """Say what cells lack in which nothing can be predicted and judged, e.g. ``do not show DNA``."""
-    names = [run.panel.markers[c] for c in _needed(run)]
-    return f"do not show {names[0]}" if len(names) == 1 else f"lack some of {', '.join(names)}"
+    return lack_of([run.panel.markers[c] for c in _needed(run)], every=True)
 
 
 def _beside(run: Run) -> str:
     """Say what a protein must be measured beside, e.g. ``DNA, from which it is predicted``."""
-    sources = run.method.sources or (run.panel.chromatin_index,)
-    rest = "" if run.panel.chromatin_index in sources else f", and {run.panel.chromatin}"
-    return f"{', '.join(run.panel.markers[c] for c in sources)}, from which it is predicted{rest}"
+    rest = "" if run.panel.chromatin in run.sources else f", and {run.panel.chromatin}"
+    return f"{', '.join(run.sources)}, from which it is predicted{rest}"
 
 
 def with_sources(run: Run, store: CellStore, cells: Rows) -> Rows:

@@ -28,8 +28,7 @@ def methods(run: Run, study: Study) -> str:
         f"Intensities were normalised by marker ({scale}, then the {n.low:g} to {n.high:g} percentile of the training "
         "groups to 0 to 1)."
     ]
-    sources = [run.panel.markers[c] for c in run.method.sources or (run.panel.chromatin_index,)]
-    said.append(f"{run.title} (imgshared) predicts each protein from {', '.join(sources)}.")
+    said.append(f"{run.title} (imgshared) predicts each protein from {', '.join(run.sources)}.")
     said += _split(study)
     groups = study.test.obs[config.group].nunique()
     said.append(f"{test:,} cells of {groups} values of {config.group} were judged{sampled}.")

@@ -63,6 +63,7 @@ class Stage:
     whole: bool = False
 
 
+FEW_CELLS = 100  # of a marker, or with it and what it is predicted from, below which a user is warned
 UNPAIRED = "learn from unpaired cells with configs/translator_unpaired.yaml, configs/cut.yaml or configs/cyclegan.yaml"
 
 

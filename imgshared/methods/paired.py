@@ -11,11 +11,10 @@ from torch import Tensor
 
 from imgshared.config import LinearConfig, Pix2pixConfig, RegressionConfig
 from imgshared.data.panel import Panel
-from imgshared.methods.base import Method, refuse_unpaired
+from imgshared.methods.base import FEW_CELLS, Method, refuse_unpaired
 from imgshared.types import Batch, InputError, Prediction
 
 KNOWN = 1e-6  # standard deviation of a source "predicted" from itself
-FEW_PAIRS = 100  # cells with the sources and a target, below which a user is warned
 
 
 class Pairs(NamedTuple):
@@ -84,7 +83,7 @@ class PairedMethod(Method):
             f"{markers[c]}: {pairs[c]} of the {alone[c]} training cells that show it show {sources}, too, and "
             f"{self.config.name} learns from these alone: expect little of it"
             for c in self.targets
-            if pairs[c] < min(FEW_PAIRS, alone[c])
+            if pairs[c] < min(FEW_CELLS, alone[c])
         ]
 
     def pairs(self, batch: Batch) -> Pairs:

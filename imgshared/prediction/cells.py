@@ -78,9 +78,14 @@ def predictable(run: Run, store: CellStore, sources: Sequence[str] | None = None
 def lack(run: Run, sources: Sequence[str] | None = None) -> str:
     """Say what keeps cells from being predicted, e.g. ``do not show DNA``."""
     names = [m for m, c in zip(run.panel.markers, run.source_mask(sources), strict=True) if c]
+    return lack_of(names, every=run.method.sources is not None)
+
+
+def lack_of(names: Sequence[str], *, every: bool) -> str:
+    """Say that cells lack some of the stains, where `every` one is needed, or all of them."""
     if len(names) == 1:
         return f"do not show {names[0]}"
-    return f"{'show none' if run.method.sources is None else 'lack some'} of {', '.join(names)}"
+    return f"{'lack some' if every else 'show none'} of {', '.join(names)}"
 
 
 @torch.inference_mode()

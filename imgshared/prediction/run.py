@@ -75,7 +75,12 @@ class Run:
     @property
     def source_channel(self) -> int:
         """The first stain that is predicted from in the method's usual question."""
-        return (self.method.sources or (self.panel.chromatin_index,))[0]
+        return self.panel.index(self.sources[0])
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The stains that are predicted from in the method's usual question: what it is bound to, else chromatin."""
+        return tuple(self.panel.markers[c] for c in self.method.sources or (self.panel.chromatin_index,))
 
     def training_store(self, why: str) -> CellStore:
         """Open the store that trained the model.

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from imgshared.config.schema import TrainConfig
 from imgshared.data.panel import Panel
-from imgshared.methods.base import Method, Stage
+from imgshared.methods.base import FEW_CELLS, Method, Stage
 from imgshared.types import InputError
-
-FEW_CELLS = 100  # of a marker, below which a user is warned
 
 
 def about_cells(method: Method, panel: Panel, measured: Tensor, left_out: int) -> Iterator[str]:

@@ -136,6 +136,7 @@ def run(tmp_path):
         panel=PANEL,
         split=split,
         contract=contract,
+        sources=(PANEL.chromatin,),
         method=SimpleNamespace(sources=None, parameters=list),
         title="a stand-in",
         training_store=gone,

@@ -11,7 +11,8 @@ from imgshared.build import build_method
 from imgshared.config import ApolloConfig, CutConfig, LinearConfig, MethodConfig, Pix2pixConfig, RegressionConfig
 from imgshared.config.schema import TrainConfig
 from imgshared.data.panel import Panel
-from imgshared.training.notes import FEW_CELLS, Notes, about_cells, refuse_ignored
+from imgshared.methods.base import FEW_CELLS
+from imgshared.training.notes import Notes, about_cells, refuse_ignored
 from imgshared.types import InputError
 
 PANEL = Panel(("DNA", "CD3", "CD8"), "DNA")
