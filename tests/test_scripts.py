@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -253,6 +254,30 @@ def test_a_study_takes_no_run_of_other_settings(tmp_path, monkeypatch):
     a.cells = 50
     with pytest.raises(SystemExit, match="cells was 100, is 50"):
         study_translator_simulated.trained(a, a.out / "all_terms_1", 1, "method.epochs=8")
+
+
+def test_what_the_well_alone_tells_is_left_when_cells_of_a_well_are_shuffled(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import study_translator_real as study
+
+    rng = np.random.default_rng(0)
+    wells = np.repeat([f"B{k:02d}" for k in range(12)], 40)
+    level = np.repeat(rng.normal(0, 3, 12), 40) + rng.normal(0, 1, 480)
+    real = (level[:, None, None] + rng.normal(0, 0.1, (480, 8, 8))).astype(np.float32)
+    names = SimpleNamespace(proteins=["P1"], index=lambda _: 0)
+    run = SimpleNamespace(split=SimpleNamespace(assign=lambda _: np.full(480, "test")), panel=names)
+    store = SimpleNamespace(obs=pd.DataFrame({"group": wells}))
+
+    def predict(_run, _store, cells, **_):
+        return SimpleNamespace(real=real[cells, None], images={"predicted": real[cells, None]})
+
+    monkeypatch.setattr(study, "predict_cells", predict)
+    rows = {row["prediction"]: row for row in study.against_shuffled(run, store, n=480)}
+    assert rows["predicted"]["intensity Spearman"] == pytest.approx(1)
+    assert rows["shuffled"]["intensity Spearman, low"] < 0 < rows["shuffled"]["intensity Spearman, high"]
+    assert 0.5 < rows["shuffled in its well"]["intensity Spearman, low"] < 0.95
+    assert rows["predicted"]["r"] == pytest.approx(1)
+    assert abs(rows["shuffled in its well"]["r"]) < 0.1
 
 
 def test_a_record_says_what_it_ran_on(tmp_path, monkeypatch):
