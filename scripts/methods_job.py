@@ -116,7 +116,7 @@ def ground(job: Job) -> None:
     parts = np.where(cells.measured[:, cells.panel.chromatin_index], split.assign(cells.obs), "none")
     train, test = np.flatnonzero(parts == "train"), drawn(np.flatnonzero(parts == "test"), job["test_cells"])
     learnt = drawn(train, job["train_cells"])
-    floors = Floors(len(panel), panel.chromatin_index)
+    floors = Floors(len(panel), [panel.chromatin_index])
     radius = typical_radius(cells.masks(learnt))
     blocks = []
     for rows, images, measured in crops(cells, train, panel, normaliser):
@@ -134,7 +134,7 @@ def ground(job: Job) -> None:
     for marker in panel.proteins:
         c = panel.index(marker)
         real = images[measured[:, c], c]
-        linear = floors.linear(c, images[measured[:, c], panel.chromatin_index])
+        linear = floors.linear(c, images[measured[:, c]])
         correlation = np.nan_to_num(metrics.pearson(real, linear))
         standard = Standard.of(features[shown[:, c], c])
         kept |= {f"{marker}/real": stain_features(real, frame_of(real, radius)), f"{marker}/linear": correlation}

@@ -208,6 +208,11 @@ class CellStore:
         return np.dtype(self._array(IMAGES).dtype)
 
     @property
+    def mask_neighbours(self) -> bool:
+        """Whether the pixels of other cells are zero in a crop."""
+        return bool(self.info.get("mask_neighbours", False))  # only `prepare` masks, and says so
+
+    @property
     def data_hash(self) -> str:
         """SHA-256 of the crops, masks included."""
         return str(self.info["data_hash"])
@@ -249,19 +254,22 @@ class CellStore:
 
     def _read(self, name: str, cells: NDArray[np.integer[Any]] | slice) -> NDArray[Any]:
         array = self._array(name)
-        if isinstance(cells, slice):
-            return np.asarray(array[cells])
-        if len(cells) == 0:
-            return np.empty((0, *array.shape[1:]), array.dtype)
-        unique, inverse = np.unique(cells, return_inverse=True)
-        shard = (array.shards or array.chunks)[0]
-        far = (np.diff(unique) > 4 * array.chunks[0]) | (np.diff(unique // shard) > 0)  # no slice exceeds a shard
-        rows, start = np.empty((len(unique), *array.shape[1:]), array.dtype), 0
-        # Near cells in one slice: Zarr's own fancy index is slow and large on shards.
-        for run in np.split(unique, np.flatnonzero(far) + 1):
-            rows[start : start + len(run)] = np.asarray(array[run[0] : run[-1] + 1])[run - run[0]]
-            start += len(run)
-        return rows if np.array_equal(unique, cells) else rows[inverse]
+        return np.asarray(array[cells]) if isinstance(cells, slice) else read_rows(array, cells)
+
+
+def read_rows(array: zarr.Array[Any], rows: NDArray[np.integer[Any]]) -> NDArray[Any]:
+    """Read rows of an array, in any order: (N, ...) to (n, ...). Memory holds them and one shard."""
+    if len(rows) == 0:
+        return np.empty((0, *array.shape[1:]), array.dtype)
+    unique, inverse = np.unique(rows, return_inverse=True)
+    shard = (array.shards or array.chunks)[0]
+    far = (np.diff(unique) > 4 * array.chunks[0]) | (np.diff(unique // shard) > 0)  # no slice exceeds a shard
+    found, start = np.empty((len(unique), *array.shape[1:]), array.dtype), 0
+    # Near rows in one slice: Zarr's own fancy index is slow and large on shards.
+    for run in np.split(unique, np.flatnonzero(far) + 1):
+        found[start : start + len(run)] = np.asarray(array[run[0] : run[-1] + 1])[run - run[0]]
+        start += len(run)
+    return found if np.array_equal(unique, rows) else found[inverse]
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -276,6 +284,13 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path} exists already: choose another name, or pass --overwrite to replace it")
     if path.exists() and not (path / "zarr.json").exists():
         raise InputError(f"{path} is not a store, so it is not replaced: choose another name")
+
+
+def write_anndata(table: anndata.AnnData, folder: Path) -> None:
+    """Write a whole AnnData on Zarr, in the format of the stores."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr announces its future sharding default on every table
+        anndata.io.write_elem(zarr.open_group(folder, mode="w", zarr_format=3), "/", table)
 
 
 def put_in_place(partial: Path, path: Path) -> None:
@@ -296,15 +311,26 @@ def is_store(path: Path) -> bool:
         return False
 
 
-def _open_complete(path: Path) -> zarr.Group:
+def open_zarr(path: Path) -> zarr.Group:
+    """Open a Zarr group for reading.
+
+    Raises
+    ------
+    InputError
+        Where there is nothing, or something else.
+    """
     if not path.exists():
         partial = Path(f"{path}.partial")
         hint = f" An interrupted run left {partial}: run the command again." if partial.exists() else ""
         raise InputError(f"no store at {path}.{hint}")
     try:
-        root = zarr.open_group(path, mode="r")
+        return zarr.open_group(path, mode="r", use_consolidated=False)  # a copy, old where an array was added later
     except Exception as error:
         raise InputError(f"{path} is not a Zarr store ({error})") from error
+
+
+def _open_complete(path: Path) -> zarr.Group:
+    root = open_zarr(path)
     if root.attrs.get("encoding-type") != "anndata" or not root.attrs.get(COMPLETE):
         raise InputError(
             f"{path} is not a whole cell store: the run that wrote it was interrupted, or it is something else. "

@@ -64,7 +64,7 @@ class Reference(NamedTuple):
 
 def _learn(run: Run, store: CellStore, train: NDArray[np.intp], radius: float) -> tuple[Floors, Reference]:
     """Return the floors, and what sources look like."""
-    floors = Floors(len(run.panel), run.panel.chromatin_index)
+    floors = Floors(len(run.panel), run.source_channels)
     latents, sources = [], []
     for images, measured in unpaired(run, store, CELLS):
         floors.add(images, measured)

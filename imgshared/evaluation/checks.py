@@ -1,4 +1,4 @@
-"""Hallucination and blur: objects that one picture has and the other lacks, detail, and whether the source matters.
+"""Hallucination: objects that one picture has and the other lacks, and whether the source matters.
 
 An object is a connected bright region: pixels above Otsu's threshold of the marker's real training cells, after a light
 blur. One threshold a marker, for real and predicted stains alike: a prediction's own would find objects in any blur.
@@ -26,7 +26,7 @@ SMALLEST = 4  # px, of an object
 OVERLAP = 0.5  # share of an object that must lie in objects of the other picture
 PIXELS = 64  # of each training crop that the threshold is taken from
 BOUNDS = {"found": metrics.SHARE, "invented": metrics.SHARE, "own": (-2.0, 2.0)}  # of a score; the others: 0 and up
-COLUMNS = ("objects", "found", "drawn", "invented", "detail", "own", "moved", "moves")
+COLUMNS = ("objects", "found", "drawn", "invented", "own", "moved", "moves")
 
 
 class Bright:
@@ -104,10 +104,9 @@ def check(
     """Yield, marker by marker, a row a cell and the maps.
 
     Columns: `position` (row in `done`), `marker`, `objects` of the real stain and how many the prediction has again
-    (`found`), objects `drawn` by the prediction and how many the real stain has not (`invented`), `detail`
-    (`metrics.spectral_ratio`), `own` (Pearson r with the cell's own prediction minus r with another cell's: its source
-    shuffled), `moved` and `moves` (mean absolute difference between its prediction and the other cell's, between their
-    real stains).
+    (`found`), objects `drawn` by the prediction and how many the real stain has not (`invented`), `own` (Pearson r with
+    the cell's own prediction minus r with another cell's: its source shuffled), `moved` and `moves` (mean absolute
+    difference between its prediction and the other cell's, between their real stains).
     """
     for channel, marker in enumerate(markers):
         stained = np.flatnonzero(done.measured[:, channel] & done.measured[:, chromatin])
@@ -124,7 +123,7 @@ def check(
         counts = [_each(ours, n), _each(ours, n, ~missed), _each(theirs, n), _each(theirs, n, invented)]
         r = [np.nan_to_num(metrics.pearson(real, x)) for x in (guess, guess[other])]
         gaps = [np.abs(x - x[other]).mean((1, 2)) for x in (guess, real)]
-        values = [*counts, metrics.spectral_ratio(real, guess), r[0] - r[1], *gaps]
+        values = [*counts, r[0] - r[1], *gaps]
         maps = Maps(n, *(x.sum(0, np.float64) for x in (real, guess, missed[ours], invented[theirs])))
         yield pd.DataFrame({"position": stained, "marker": marker, **dict(zip(COLUMNS, values, strict=True))}), maps
 
@@ -136,18 +135,16 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     -------
     One row a marker x score with `value`, `low`, `high` over groups, `cells`: ``found``, the share of real objects that
     the prediction has; ``invented``, the share of its objects that the real stain has not; ``objects``, real ones a
-    cell; ``detail``, the geometric mean of the spectral ratio; ``own``, the mean of that column: 0 where the prediction
-    fits any cell as well; ``moves``, how much predictions differ between cells over how much real stains do.
+    cell; ``own``, the mean of that column: 0 where the prediction fits any cell as well; ``moves``, how much
+    predictions differ between cells over how much real stains do.
     """
     rows = []
     for marker, part in table.groupby("marker", sort=False) if len(table) else ():
         groups = part["group"]
-        log_detail = metrics.mean(groups, np.log(part["detail"].where(part["detail"] > 0)))
         scores: dict[str, metrics.Statistic] = {
             "objects": metrics.mean(groups, part["objects"]),
             "found": metrics.ratio(groups, part["found"], part["objects"]),
             "invented": metrics.ratio(groups, part["invented"], part["drawn"]),
-            "detail": lambda counts, of=log_detail: np.exp(of(counts)),  # type: ignore[misc]
             "own": metrics.mean(groups, part["own"]),
             "moves": metrics.ratio(groups, part["moved"], part["moves"]),
         }

@@ -21,7 +21,8 @@ from imgshared.prediction.types import PredictedCells
 BLOCK = 512  # cells predicted at a time
 COMPARED = ("real", "predicted")  # whose morphology is compared
 SEEN = ("real", "full", "shared", "predicted")  # pictures of a marker that a classifier may see
-MEAN = "marker mean"
+MEAN, LINEAR = "marker mean", "linear"
+INPUTS = (*SEEN, "chromatin", MEAN)  # all that one may see
 
 Predict = Callable[..., PredictedCells]
 Progress = Callable[[str, int, int], None]
@@ -41,7 +42,8 @@ class Part:
         (n, C) bool.
     features
         (n, F) by (marker, input), what classifiers learn from, in one frame for all cells; the input ``chromatin``
-        stands under the chromatin marker and holds the nuclear shape too. Zero rows where the marker is not measured.
+        stands under the chromatin marker and holds the nuclear shape too; ``linear``, ``marker mean`` are floors. Zero
+        rows where the marker is not measured.
     morphology
         (n, F) by (marker, input), of real and predicted stains and of the marker's mean training picture, about each
         cell's own outline: `morphology.NAMES`.
@@ -121,6 +123,7 @@ def collect(
     bright: Bright | None = None,
     trust: Callable[[PredictedCells], pd.DataFrame] | None = None,
     features: float | None = None,
+    measure: Sequence[str] = INPUTS,
     crops: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Part:
@@ -131,7 +134,7 @@ def collect(
     predict
         Called with (cells, full=..., shared=...), returns `PredictedCells`.
     fit
-        Floors that take these (training) cells in.
+        Floors that take these (training) cells in; all of them show what is predicted from.
     against
         Fitted floors to compare these (test) cells with; fills `Part.fidelity` and `Part.morphology`.
     bright
@@ -139,20 +142,23 @@ def collect(
     trust
         Compares a block with its calibrated intervals; fills `Part.trust`.
     features
-        Radius in px of the frame in which the features of every input are measured; None: no features.
+        Radius in px of the frame in which features are measured; None: no features.
+    measure
+        Of which inputs they are measured: of `INPUTS`, and with `against` ``linear``, that floor.
     crops
         Whether to keep the pictures of every input.
     """
     part = Part(cells, store.obs.iloc[cells], np.zeros((len(cells), len(panel)), bool))
     tables, trusted = [], []
-    rebuilt = features is not None or crops or against is not None
+    described = set(measure) if features is not None else set()
+    rebuilt = crops or against is not None or bool(described & {"full", "shared"})
     for start, block in _blocks(cells):
         done = predict(block, full=rebuilt, shared=rebuilt)
         rows = slice(start, start + len(block))
         part.measured[rows] = done.measured
         _keep_latents(part, done, rows)
         if fit is not None:
-            fit.add(done.real, done.measured)
+            fit.add(done.real, done.measured, np.ones(len(block), bool))
             if bright is not None:
                 bright.add(done.real, done.measured)
         if against is not None:
@@ -165,7 +171,7 @@ def collect(
             within = trust(done)
             trusted += [within.assign(position=within["position"] + start)] if len(within) else []
         if features is not None:
-            _keep_features(part, done, rows, panel, features)
+            _keep_features(part, done, rows, panel, features, measure, against)
         if crops:
             for key, images in _inputs(done, panel):
                 _rows(part.crops, key, len(cells), images.shape[1:], np.float16)[rows] = images
@@ -176,7 +182,7 @@ def collect(
     if trusted:
         part.trust = pd.concat(trusted, ignore_index=True)
     floors = fit or against
-    if floors is not None and features is not None:
+    if floors is not None and features is not None and MEAN in measure:
         _keep_means(part, store, panel, floors, features)
     if floors is not None and crops:
         for marker, images in _pictures(panel, floors, len(cells)):
@@ -224,8 +230,20 @@ def where(masks: NDArray[np.bool_], radius: float) -> Frame:
     return central_frame(len(masks), masks.shape[-1], radius)
 
 
-def _keep_features(part: Part, done: PredictedCells, rows: slice, panel: Panel, radius: float) -> None:
-    for key, images in _inputs(done, panel):
+def _keep_features(
+    part: Part,
+    done: PredictedCells,
+    rows: slice,
+    panel: Panel,
+    radius: float,
+    measure: Sequence[str],
+    floors: Floors | None,
+) -> None:
+    inputs = {key: images for key, images in _inputs(done, panel) if key[1] in measure}
+    if floors is not None and LINEAR in measure:
+        known = [marker for marker, name in inputs if name == "real" and floors.known(panel.index(marker))]
+        inputs |= {(marker, LINEAR): floors.linear(panel.index(marker), done.real) for marker in known}
+    for key, images in inputs.items():
         values = stain_features(images, where(done.masks, radius))
         if key[1] == "chromatin":
             values = np.hstack([values, shape_features(done.masks)])

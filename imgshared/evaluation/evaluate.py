@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +17,16 @@ import pandas as pd
 from imgshared.config import EvaluateConfig
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore
-from imgshared.evaluation import checks, coverage, fidelity, figure_data, imputability, morphology, verdict
+from imgshared.evaluation import by_cell, checks, coverage, fidelity, figure_data, imputability, morphology, verdict
 from imgshared.evaluation.classify import classify
 from imgshared.evaluation.collect import Part, Predict, Progress
+from imgshared.evaluation.given import Given
 from imgshared.evaluation.judgeable import lacking
 from imgshared.evaluation.kept import Keeper
 from imgshared.evaluation.labels import read_label
+from imgshared.evaluation.matrix import ARROW
 from imgshared.evaluation.probes import probe
+from imgshared.evaluation.realism import realism
 from imgshared.evaluation.refit import nested
 from imgshared.evaluation.report import Shown, write_report
 from imgshared.evaluation.study import Study, study
@@ -30,6 +34,7 @@ from imgshared.evaluation.words import model_card
 from imgshared.prediction import Run, predict_cells
 from imgshared.training.log import read_metrics
 
+CELLS = "cells.zarr"
 # Tables too long for metrics.json
 LONG = ("cells", "features", "effects", "pictures", "contradictions", "latent_maps", "training")
 
@@ -41,15 +46,15 @@ class Evaluation:
     Parameters
     ----------
     fidelity
-        See `fidelity.summarise`.
+        See `fidelity.summarise` and `realism.realism`.
     groups
-        See `fidelity.by_group`.
+        See `fidelity.by_group` and `realism.realism`.
     stains
         Gain of each predicted stain over the floors, with a verdict.
     imputability
         See `imputability.imputability`.
     checks
-        See `checks.summarise`: objects found and invented, detail, whether the source matters.
+        See `checks.summarise`: objects found and invented, whether the source matters.
     coverage, risk, reliability
         See `coverage`: do the intervals hold, does dropping unsure cells help, do intervals of other levels hold; empty
         where the run was not calibrated.
@@ -122,7 +127,8 @@ def evaluate(
     *,
     predict: Predict = predict_cells,
 ) -> Evaluation:
-    """Judge a run on the held-out cells of a store, and write `report.html`, a model card and tables into `out`.
+    """Judge a run on the held-out cells of a store, and write `report.html`, a model card, tables and `cells.zarr` (see
+    `by_cell.write`) into `out`.
 
     Parameters
     ----------
@@ -154,16 +160,18 @@ def evaluate(
         keeper.tidy()
     tables, probabilities, notes = _judge(looked, out / "cache", say)
     notes = [*_told_of(run, looked), *notes]
-    summary = verdict.sentences(tables["stains"], tables["labels"], run.panel.chromatin)
+    summary = verdict.sentences(tables["stains"], tables["labels"], run.panel.chromatin, run.sources)
     summary += verdict.differences(tables["conditions"])
 
     out.mkdir(parents=True, exist_ok=True)
     files = [f"tables/{name}.csv" for name in tables | {"cells": None}]
     for stale in ("metrics.json", "model_card.md", "report.html", "tables/probabilities.parquet", *files):
         (out / stale).unlink(missing_ok=True)  # of an earlier evaluation: results never mix
+    shutil.rmtree(out / CELLS, ignore_errors=True)
     say("report", 0, 1)
     report = write_report(Shown(run, looked, tables, summary, notes), out / "report.html")
-    tables["cells"] = _cell_table(looked.test, looked.config)
+    tables["cells"] = by_cell.table(looked.test, looked.config)
+    by_cell.write(looked.test, tables["cells"], run.panel, out / CELLS)
     unsound = verdict.unsound(tables["controls"])
     plain: dict[str, Any] = {"leaks": looked.leaks, "unsound": unsound, "cautions": looked.cautions}
     plain |= {"summary": summary, "notes": notes}
@@ -201,9 +209,12 @@ def _judge(looked: Study, cache: Path, say: Progress) -> tuple[dict[str, pd.Data
     """Return the tables by name, the classifiers' probabilities, and notes."""
     panel, config, test = looked.run.panel, looked.config, looked.test
     say("intervals", 0, 1)
+    units = test.obs[config.group].astype(str).to_numpy()
+    distances, by_group = realism(test, [look.train for look in looked.looks], panel, units)
+    groups = fidelity.by_group(test.fidelity)
     tables = {
-        "fidelity": fidelity.summarise(test.fidelity),
-        "groups": fidelity.by_group(test.fidelity),
+        "fidelity": pd.concat([fidelity.summarise(test.fidelity), distances], ignore_index=True),
+        "groups": groups.merge(by_group, on=["marker", "group", "prediction"], how="left"),
         "stains": verdict.judge_stains(fidelity.against_floors(test.fidelity)),
     }
     each = [imputability.shown(look.run, look.cohort.source) for look in looked.looks]
@@ -236,10 +247,22 @@ def _told_of(run: Run, looked: Study) -> Iterator[str]:
     yield from _told_of_cells(looked)
     if config.predictions is not None:
         yield f"The images judged were read from {config.predictions}; latents are those of {run.path}"
+        made_of = Given.open(config.predictions, sharp=config.sharp).info.get("sources", run.sources)
+        if set(made_of) != set(run.sources):
+            yield (
+                f"They were predicted from {', '.join(made_of)}; the linear floor knows {', '.join(run.sources)}, and "
+                f"classifiers of chromatin {run.panel.chromatin} alone: what the others tell counts as the prediction's"
+            )
     if config.sharp:
         yield "The sharp output is judged, not the mean: it shows likely texture, whose pixels are not to be measured"
     if looked.nested:
         yield "Each fold's model has latents of its own, which are not compared: latents are judged without --refit"
+    if looked.turns and config.labels and not looked.leaks:
+        yield (
+            "Classifiers learnt from cells that had trained the model. Predictions of these are better than of unseen "
+            "cells, so the scores of predicted stains are too low, if anything, and those of "
+            f"predicted{ARROW}real too high"
+        )
     if store.data_hash != run.contract.data_hash:
         yield f"{store.path} is not the store that trained the model; its groups are told apart by name alone"
     if run.experiment.unstained:
@@ -247,7 +270,10 @@ def _told_of(run: Run, looked: Study) -> Iterator[str]:
         yield f"The model learnt as if groups lacked {hidden}; the floors and classifiers did not"
     if any(c != run.panel.chromatin_index for c in run.method.sources or ()):
         names = ", ".join(run.panel.markers[c] for c in run.method.sources or ())
-        yield f"Predicted from {names}, which are not judged; read {names} for {run.panel.chromatin} as the source"
+        yield (
+            f"Predicted from {names}, which are not judged, and so is the linear floor. Classifiers of chromatin know "
+            f"{run.panel.chromatin} alone: what the others tell counts as the prediction's"
+        )
     if len(set(looked.test.fidelity["group"])) == 1:
         yield f"One value of {config.group!r} is held out: no interval can be given, verdicts rest on it alone"
 
@@ -277,24 +303,6 @@ def _measure(test: Part, panel: Panel, config: EvaluateConfig) -> tuple[pd.DataF
 
 def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-
-
-def _cell_table(test: Part, config: EvaluateConfig) -> pd.DataFrame:
-    table = test.fidelity[test.fidelity["prediction"] == "predicted"]
-    wanted = dict.fromkeys(("image", config.group, "group", *config.labels, *config.factors))
-    about = test.obs[[c for c in wanted if c in test.obs]].iloc[table["position"].to_numpy(int)]
-    scores = table[["marker", "l1", "pearson", "ssim", "intensity_real", "intensity_predicted"]]
-    about = about.rename_axis("cell_id").reset_index()
-    table = pd.concat([about, scores.reset_index(drop=True)], axis=1)
-    if len(test.checks):
-        found = test.checks.assign(cell_id=test.obs.index[test.checks["position"].to_numpy(int)])
-        table = table.merge(found[["cell_id", "marker", *checks.COLUMNS]], on=["cell_id", "marker"], how="left")
-    if len(test.trust):
-        found = test.trust.assign(cell_id=test.obs.index[test.trust["position"].to_numpy(int)])
-        table = table.merge(
-            found[["cell_id", "marker", "width", "ood", "abstain"]], on=["cell_id", "marker"], how="left"
-        )
-    return table
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

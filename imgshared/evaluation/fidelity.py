@@ -17,8 +17,9 @@ from imgshared.evaluation.floors import Floors
 from imgshared.prediction.types import PredictedCells
 
 MOMENTS = ["n", "a", "b", "aa", "bb", "ab"]  # sums over pixels: 1, real, predicted, their squares and product
-SCORES = ("pearson", "pearson_pooled", "ssim", "l1", "intensity_pearson", "intensity_spearman")
-BOUNDS = {"l1": (0.0, np.inf)}  # of a score; the others are correlations and the like
+SCORES = ("pearson", "pearson_pooled", "ssim", "l1", "detail", "intensity_pearson", "intensity_spearman")
+FOLD = 1e3  # a cell's detail counts at most so many times too high or too low: its logarithm is averaged
+BOUNDS = {"l1": (0.0, np.inf), "detail": (-np.log(FOLD), np.log(FOLD))}  # of a score; the others are correlations
 FLOORS = ("linear", "marker_mean")
 
 
@@ -28,8 +29,8 @@ def compare(cells: PredictedCells, markers: tuple[str, ...], chromatin: int, flo
     Returns
     -------
     One row a (cell, marker, prediction): `position` (row in `cells`), `marker`, `prediction` (a key of `cells.images`,
-    ``linear`` or ``marker_mean``), `l1`, `pearson`, `ssim`, `intensity_real`, `intensity_predicted`, and the pixel sums
-    `MOMENTS`.
+    ``linear`` or ``marker_mean``), `l1`, `pearson`, `ssim`, `detail` (`metrics.spectral_ratio`), `intensity_real`,
+    `intensity_predicted`, and the pixel sums `MOMENTS`.
     """
     tables = []
     for channel, marker in enumerate(markers):
@@ -39,7 +40,7 @@ def compare(cells: PredictedCells, markers: tuple[str, ...], chromatin: int, flo
         real = cells.real[stained, channel]
         guesses = {name: images[stained, channel] for name, images in cells.images.items()}
         if floors.known(channel):
-            guesses["linear"] = floors.linear(channel, cells.real[stained, chromatin])
+            guesses["linear"] = floors.linear(channel, cells.real[stained])
             guesses["marker_mean"] = np.broadcast_to(floors.marker_mean(channel), real.shape)
         tables += [
             pd.DataFrame({"position": stained, "marker": marker, "prediction": name, **_scores(real, guess)})
@@ -55,12 +56,14 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
     `value` over all cells with its interval over groups (`low`, `high`), then the number of `cells` and `groups`.
     `pearson`, `ssim`, `l1` are means over cells; `pearson_pooled` takes all cells' pixels together, so that differences
-    between cells count; `intensity_*` correlate the mean intensity across cells.
+    between cells count; `intensity_*` correlate the mean intensity across cells. `detail` is the geometric mean over
+    cells of a ratio, so that twice and half as much weigh alike; a prediction without any detail counts as a `FOLD`th,
+    a real stain without any not at all. Its interval is that of the mean logarithm.
     """
     rows = []
     for (marker, prediction), part in table.groupby(["marker", "prediction"], sort=False):
         for score in SCORES:
-            value = metrics.estimate(part["group"], statistic(part, score), BOUNDS.get(score, metrics.SIGNED))
+            value = _estimate(part, score)
             rows.append({"marker": marker, "prediction": prediction, "score": score, **value._asdict()})
             rows[-1] |= {"cells": len(part), "groups": part["group"].nunique()}
     return pd.DataFrame(rows)
@@ -70,8 +73,7 @@ def by_group(table: pd.DataFrame) -> pd.DataFrame:
     """One row a (marker, group, prediction) with every score and the number of cells."""
     rows = []
     for (marker, group, prediction), part in table.groupby(["marker", "group", "prediction"], sort=False):
-        one = np.ones((1, 1))
-        scores = {score: float(statistic(part, score)(one)[0]) for score in SCORES}
+        scores = {score: _estimate(part, score).value for score in SCORES}
         rows.append({"marker": marker, "group": group, "prediction": prediction, "cells": len(part), **scores})
     return (
         pd.DataFrame(rows).sort_values(["marker", "prediction", "group"], ignore_index=True) if rows else pd.DataFrame()
@@ -97,9 +99,16 @@ def against_floors(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def statistic(part: pd.DataFrame, score: str) -> metrics.Statistic:
-    """Return one of `SCORES` as a statistic of the groups of `part` (one marker, one prediction)."""
+def _estimate(part: pd.DataFrame, score: str) -> metrics.Estimate:
+    """Return one of `SCORES` over the cells of `part` (one marker, one prediction), with its interval over groups."""
+    found = metrics.estimate(part["group"], _statistic(part, score), BOUNDS.get(score, metrics.SIGNED))
+    return metrics.Estimate(*np.exp(found).tolist()) if score == "detail" else found
+
+
+def _statistic(part: pd.DataFrame, score: str) -> metrics.Statistic:
     groups = part["group"]
+    if score == "detail":
+        return metrics.mean(groups, np.log(part["detail"].clip(1 / FOLD, FOLD)))
     if score == "pearson_pooled":
         return metrics.pooled_correlation(groups, part[MOMENTS])
     if score.startswith("intensity"):
@@ -115,6 +124,7 @@ def _scores(real: NDArray[Any], guess: NDArray[Any]) -> dict[str, Any]:
         "l1": metrics.l1(real, guess),
         "pearson": metrics.pearson(real, guess),
         "ssim": metrics.ssim(real, guess),
+        "detail": metrics.spectral_ratio(real, guess),
         "intensity_real": a.mean(1),
         "intensity_predicted": b.mean(1),
         **dict(zip(MOMENTS, sums, strict=True)),

@@ -33,7 +33,7 @@ SAID = {
     "real": "real stain",
     "full": "full reconstruction",
     "shared": "shared reconstruction",
-    "predicted": "predicted from chromatin",
+    "predicted": "predicted",
     "chromatin": "chromatin alone",
     "chromatin + predicted": "chromatin and predicted",
     "real → predicted": "learnt from real, tested on predicted",
@@ -43,7 +43,7 @@ SAID = {
     "chromatin + swapped within label": "chromatin and a prediction of the same class",
     "chromatin + swapped": "chromatin and any cell's prediction",
     "marker mean": "control: the mean picture of the stain",
-    "linear": "floor: linear on blurred chromatin",
+    "linear": "floor: linear on blurred sources",
     "marker_mean": "floor: mean picture of the marker",
 }
 LINES = (BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, INK, SOFT)

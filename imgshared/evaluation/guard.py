@@ -16,11 +16,13 @@ from imgshared.config import EvaluateConfig
 from imgshared.data.normalise import fit_normaliser
 from imgshared.data.split import Split, column
 from imgshared.data.store import CellStore
+from imgshared.evaluation.given import Given
 from imgshared.evaluation.judgeable import judgeable, with_sources
 from imgshared.prediction import Run
 from imgshared.types import InputError
 
 SHOWN = 6  # group names in a message
+COMPARED = 16  # cells whose pixels are compared with those of the training cells of their names
 CHECKED = 2  # channels whose normaliser is fitted again: each reads thousands of crops
 
 
@@ -81,6 +83,7 @@ def cohort(run: Run, store: CellStore, config: EvaluateConfig) -> Cohort:
         )
     elsewhere, doubts = _trained(run, store, config)
     leaks += shared_groups([store.obs[seen], *elsewhere], store.obs[judged & ~seen], config)
+    leaks += _renamed(run, store, judged & ~seen, config)
     foreign, unknown = _author(run, store, judged, config)
     why = f"{store.path} holds no group that trained the run, and the floors need some; give a store with both"
     source = store if (parts == "train").any() else run.training_store(why)
@@ -93,7 +96,8 @@ def cohort(run: Run, store: CellStore, config: EvaluateConfig) -> Cohort:
             "floors need some: give a store with such cells"
         )
     chosen = judgeable(run, store, np.flatnonzero(judged))
-    return Cohort(source, taught, *chosen, leaks, [*_scaled(store), *doubts, *unknown])
+    cautions = [*_scaled(store), *doubts, *unknown, *_finer(store.obs.iloc[chosen.cells], config)]
+    return Cohort(source, taught, *chosen, leaks, cautions)
 
 
 def _trained(run: Run, store: CellStore, config: EvaluateConfig) -> tuple[list[pd.DataFrame], list[str]]:
@@ -112,6 +116,62 @@ def _trained(run: Run, store: CellStore, config: EvaluateConfig) -> tuple[list[p
         if obs is None or name not in obs
     ]
     return ([] if obs is None else [obs[np.isin(run.split.assign(obs), ("train", "val"))]]), doubts
+
+
+def _renamed(run: Run, store: CellStore, judged: NDArray[np.bool_], config: EvaluateConfig) -> list[str]:
+    """Find cells that the model has seen and that stand in groups of other names now: by their names, then by pixels.
+
+    Raises
+    ------
+    InputError
+        Names the first, unless `config` allows it.
+    """
+    try:
+        trained = run.training_store("")
+    except InputError:
+        return []  # `evaluate` says that groups are told apart by name alone
+    seen = np.flatnonzero(np.isin(run.split.assign(trained.obs), ("train", "val")))
+    rows = np.flatnonzero(judged)
+    first = {str(name): int(k) for name, k in zip(trained.obs.index[seen][::-1], seen[::-1], strict=True)}
+    both = [(int(k), first[str(name)]) for k, name in zip(rows, store.obs.index[rows], strict=True) if name in first]
+    some = both[:: max(1, len(both) // COMPARED)]
+    same = [pair for pair in some if _alike(store, trained, *pair)]
+    if not same:
+        return []
+    (one, other), by = same[0], run.split.by
+    old, new = (str(column(s.obs, by).iloc[k]) for s, k in ((trained, other), (store, one)))
+    leak = (
+        f"{store.obs.index[one]}, of {by} {new!r}, is a cell that the model has seen in training as one of {by} "
+        f"{old!r} ({len(both):,} judged cells bear names of such cells)"
+    )
+    if not config.allow_seen_groups:
+        raise InputError(
+            f"{store.path}: {leak}: let groups bear the names that they had in training, or see what this would give "
+            "with --allow-seen-groups"
+        )
+    return [leak]
+
+
+def _alike(store: CellStore, trained: CellStore, one: int, other: int) -> bool:
+    """Whether two cells show the same, pixel by pixel, in the markers that both stores hold."""
+    shared = [m for m in store.markers if m in trained.markers]
+    ours, theirs = (
+        s.images(np.array([k]))[:, [s.markers.index(m) for m in shared]] for s, k in ((store, one), (trained, other))
+    )
+    return bool(shared) and np.array_equal(ours, theirs)
+
+
+def _finer(judged: pd.DataFrame, config: EvaluateConfig) -> list[str]:
+    """Tell of intervals over parts of groups, whose cells are alike."""
+    if config.group == "group" or "group" not in judged:
+        return []
+    parts = judged[config.group].astype(str).groupby(judged["group"].astype(str).to_numpy()).nunique()
+    if not (parts > 1).any():
+        return []
+    return [
+        f"intervals are over {config.group}, of which a group has up to {parts.max()}: they are not independent of "
+        "each other, so that intervals are too narrow; those over group are not"
+    ]
 
 
 def shared_groups(seen: Sequence[pd.DataFrame], judged: pd.DataFrame, config: EvaluateConfig) -> list[str]:
@@ -144,10 +204,11 @@ def _author(
     """Ask who made the stored predictions that are judged, and whom that model has seen: leaks and cautions."""
     if config.predictions is None:
         return [], []
-    author = Path(str(CellStore(config.predictions).info.get("run", "")))
+    named = Given.open(config.predictions, sharp=config.sharp).info.get("run")
+    author = Path(str(named)) if named else None
     if author == run.path.resolve():
         return [], []
-    if not (author / "contract.json").is_file():
+    if author is None or not (author / "contract.json").is_file():
         told = f"which model made {config.predictions} is not known, nor whether it has seen the cells that are judged"
         return [], [told]
     split = Split.from_dict(json.loads((author / "contract.json").read_text())["split"])

@@ -119,7 +119,7 @@ def assess(run: Run, store: CellStore) -> Path | None:
     train, val = sampled(run, store, CELLS)
     if not len(val) or not len(train):
         return None
-    floors = Floors(len(run.panel), run.panel.chromatin_index)
+    floors = Floors(len(run.panel), run.source_channels)
     for images, measured in unpaired(run, store, CELLS):
         floors.add(images, measured)
     make = partial(predict_cells, run, store, latents=False)

@@ -189,13 +189,12 @@ def refuse_shared_groups(obs_train: pd.DataFrame, obs_test: pd.DataFrame, unit: 
 
 
 def refuse_broken_folds(obs: pd.DataFrame, group: str, fold: str) -> None:
-    """Refuse folds that would cut a group in two."""
-    if group == fold:
-        return
-    parts = column(obs, fold).astype(str).groupby(column(obs, group).astype(str).to_numpy()).nunique()
-    broken = sorted(parts.index[parts > 1])
-    if broken:
-        raise InputError(
-            f"{group} {broken[0]!r} has cells in several values of {fold!r}, so folds by {fold!r} would put it on both "
-            f"sides ({len(broken)} in all). Fold by {group!r}, or by a column that holds whole groups"
-        )
+    """Refuse folds that would cut in two what is never split: a value of `group`, or a group of the store."""
+    for unit in dict.fromkeys((group, *(["group"] if "group" in obs else []))):
+        parts = column(obs, fold).astype(str).groupby(column(obs, unit).astype(str).to_numpy()).nunique()
+        broken = sorted(parts.index[parts > 1])
+        if broken:
+            raise InputError(
+                f"{unit} {broken[0]!r} has cells in several values of {fold!r}, so folds by {fold!r} would put it on "
+                f"both sides ({len(broken)} in all). Set fold={unit}, or a column that holds whole groups"
+            )

@@ -61,6 +61,7 @@ def write_report(shown: Shown, path: Path) -> Path:
     html = environment.get_template("report.html.j2").render(
         title=shown.run.path.name,
         chromatin=shown.panel.chromatin,
+        sources=" and ".join(shown.run.sources),
         stamps=verdict.stamps(shown.study.leaks, found["controls"], shown.study.cautions),
         summary=shown.summary,
         notes=shown.notes,

@@ -19,7 +19,7 @@ from imgshared.data.store import CellStore
 from imgshared.evaluation import coverage
 from imgshared.evaluation.checks import Bright
 from imgshared.evaluation.classify import Turn
-from imgshared.evaluation.collect import Part, Predict, Progress, collect, join
+from imgshared.evaluation.collect import INPUTS, LINEAR, MEAN, Part, Predict, Progress, collect, join
 from imgshared.evaluation.floors import Floors
 from imgshared.evaluation.given import images_to_judge
 from imgshared.evaluation.guard import Cohort, cohort
@@ -39,6 +39,7 @@ from imgshared.prediction.types import PredictedCells
 from imgshared.types import InputError
 
 FLOOR_CELLS = 2000  # training cells for the floors where nothing else asks for more
+REALISM = ("real", "predicted", LINEAR, MEAN)  # inputs whose features are measured where no classifier asks for them
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,9 @@ def look(
     train_cells = draw(who.train, limit, config.seed)
     test_cells = draw(who.judged, config.max_cells, config.seed)
     by_features = bool(config.labels) and "features" in config.classifiers
-    radius = typical_radius(who.source.masks(train_cells)) if by_features else None
+    radius = typical_radius(who.source.masks(train_cells))
+    described = (*INPUTS, LINEAR) if by_features else REALISM
+    learnt = INPUTS if by_features and on_train else ("real",)
     cnn = bool(config.labels) and "cnn" in config.classifiers
     shown = images_to_judge(predict, run, store, config)
     own = not (config.sharp or config.predictions)  # calibrated were the mean predictions
@@ -212,26 +215,26 @@ def look(
     make = partial(_predict, partial(shown, run, store), bound)
 
     def collected() -> Iterator[Part]:
-        floors = Floors(len(panel), panel.chromatin_index, seed=config.seed)
+        floors = Floors(len(panel), run.source_channels, seed=config.seed)
         bright = Bright(len(panel), seed=config.seed)
         for images, measured in unpaired(run, who.source, limit, config.seed):
             floors.add(images, measured)
             bright.add(images, measured)
         yield collect(
             partial(_predict, partial(shown, run, who.source), bound), who.source, panel, train_cells,
-            fit=floors, bright=bright, features=radius if on_train else None, crops=cnn and on_train,
+            fit=floors, bright=bright, features=radius, measure=learnt, crops=cnn and on_train,
             progress=partial(say, f"{what}training cells"),
         )  # fmt: skip
         yield collect(
             make, store, panel, test_cells,
             against=floors, bright=bright, trust=partial(coverage.compare, run, trust) if trust else None,
-            features=radius, crops=cnn, progress=partial(say, f"{what}held-out cells"),
+            features=radius, measure=described, crops=cnn, progress=partial(say, f"{what}held-out cells"),
         )  # fmt: skip
 
     if keeper is None or cnn:
         train, test = collected()
     else:
-        key = name_of(run, [who.source, store], [train_cells, test_cells], config, [on_train, radius, limit])
+        key = name_of(run, [who.source, store], [train_cells, test_cells], config, [described, learnt, radius, limit])
         parts = {f"{key}_train": (who.source, train_cells), f"{key}_test": (store, test_cells)}
         train, test = keeper.get(parts) or keeper.put(parts, collected())
     if test.fidelity.empty:
@@ -258,7 +261,7 @@ def check_columns(obs: pd.DataFrame, config: EvaluateConfig) -> None:
 def _check_labels(test: pd.DataFrame, train: pd.DataFrame, config: EvaluateConfig) -> None:
     """Refuse hopeless labels before hours of prediction."""
     fold = config.fold or config.group
-    if config.labels:
+    if config.labels and config.train_on == "test":
         refuse_broken_folds(test, config.group, fold)
     for name in config.labels:
         label = read_label(test, name, config.label_values)

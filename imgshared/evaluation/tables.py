@@ -17,6 +17,8 @@ SCORES = {  # column: heading
     "pearson_pooled": "Pearson r, all pixels",
     "ssim": "SSIM",
     "l1": "L1",
+    "detail": "detail, predicted over real",
+    "kid": "KID",
     "intensity_pearson": "intensity, Pearson",
     "intensity_spearman": "intensity, Spearman",
 }
@@ -124,7 +126,11 @@ def fidelity_table(fidelity: pd.DataFrame) -> Table:
         scores = part.set_index("score")
         first = part.iloc[0]
         rows.append(
-            [_text(marker), _text(SAID.get(str(prediction), prediction)), *(_value(scores.loc[s]) for s in SCORES)]
+            [
+                _text(marker),
+                _text(SAID.get(str(prediction), prediction)),
+                *(_value(scores.loc[s]) if s in scores.index else _text("–") for s in SCORES),
+            ]
         )
         rows[-1] += [_count(int(first["cells"])), _count(int(first["groups"]))]
     return ["stain", "prediction", *SCORES.values(), "cells", "groups"], rows
@@ -161,10 +167,10 @@ def coverage_table(table: pd.DataFrame) -> Table | None:
 
 
 def check_table(table: pd.DataFrame) -> Table | None:
-    """What predictions invent, miss, blur or ignore, a row a stain; None without any."""
+    """What predictions invent, miss or ignore, a row a stain; None without any."""
     if table.empty:
         return None
-    head = {"objects": "real objects a cell", "found": "found again", "invented": "invented", "detail": "detail",
+    head = {"objects": "real objects a cell", "found": "found again", "invented": "invented",
             "own": "own source, gain in r", "moves": "varies between cells"}  # fmt: skip
     rows = []
     for marker, part in table.groupby("marker", sort=False):
@@ -180,7 +186,7 @@ def group_table(table: pd.DataFrame, group: str) -> Table:
             _text(r["marker"]),
             _text(r["group"]),
             _text(SAID.get(r["prediction"], r["prediction"])),
-            *(_number(r[s]) for s in SCORES),
+            *(_number(r.get(s, np.nan)) for s in SCORES),
             _count(int(r["cells"])),
         ]
         for r in table.to_dict("records")

@@ -87,14 +87,14 @@ def judge_labels(scores: pd.DataFrame, contrasts: pd.DataFrame, margin: float) -
     return pd.DataFrame(rows)
 
 
-def sentences(stains: pd.DataFrame, labels: pd.DataFrame, chromatin: str) -> list[str]:
-    """Summarise in a few sentences; each stands by itself."""
+def sentences(stains: pd.DataFrame, labels: pd.DataFrame, chromatin: str, sources: Sequence[str]) -> list[str]:
+    """Summarise in a few sentences; each stands by itself. `sources` are what the stains are predicted from."""
     said = []
     if len(stains):
         clears, unclear, below = (_names(stains, "verdict", v, "marker") for v in (CLEARS, UNCLEAR, BELOW))
         total = len(stains)
         said.append(
-            f"{len(clears)} of {total} {'stain' if total == 1 else 'stains'} predicted from {chromatin} "
+            f"{len(clears)} of {total} {'stain' if total == 1 else 'stains'} predicted from {_list(sources)} "
             f"{'clears' if len(clears) == 1 else 'clear'} both floors on the judged groups" + _list(clears, ": ") + "."
         )
         if unclear:
@@ -113,11 +113,13 @@ def sentences(stains: pd.DataFrame, labels: pd.DataFrame, chromatin: str) -> lis
         if not part["verdict"].isin(TOLD_BY_REAL).any():
             text += " No real stain tells it."
         over = list(part.loc[part["gap_chromatin_low"].fillna(part["gap_chromatin"]) > SUSPECT, "marker"])
-        if over:
+        if over and list(sources) == [chromatin]:
             text += (
                 f" Predicted {_list(over)} tells clearly more than the chromatin crops that it was made from: "
                 "either the stain says it in simpler features, or something leaks. Look before you use it."
             )
+        elif over:
+            text += f" Predicted {_list(over)} tells clearly more than {chromatin} alone, as what it was made from may."
         said.append(text)
     return said
 

@@ -48,7 +48,8 @@ def methods(run: Run, study: Study) -> str:
         )
     said.append(
         f"Intervals are 95%, from the delete-one-{config.group} jackknife with Student's t. The floors are a marker's "
-        f"mean training picture and ridge regression on blurs of {run.panel.chromatin} ({train:,} training cells)."
+        f"mean training picture and ridge regression on blurs of {' and '.join(run.sources)} ({train:,} training "
+        "cells)."
     )
     return " ".join(said)
 

@@ -75,12 +75,17 @@ class Run:
     @property
     def source_channel(self) -> int:
         """The first stain that is predicted from in the method's usual question."""
-        return self.panel.index(self.sources[0])
+        return self.source_channels[0]
+
+    @property
+    def source_channels(self) -> tuple[int, ...]:
+        """Places of `sources` in the model's panel."""
+        return tuple(self.method.sources or (self.panel.chromatin_index,))
 
     @property
     def sources(self) -> tuple[str, ...]:
         """The stains that are predicted from in the method's usual question: what it is bound to, else chromatin."""
-        return tuple(self.panel.markers[c] for c in self.method.sources or (self.panel.chromatin_index,))
+        return tuple(self.panel.markers[c] for c in self.source_channels)
 
     def training_store(self, why: str) -> CellStore:
         """Open the store that trained the model.
@@ -142,17 +147,22 @@ class Run:
         return rest
 
     def refuse_crops_alone(self) -> None:
-        """Refuse images of another size than the training crops to a method that knows no other.
+        """Refuse images of another size than the training crops to a model that knows no other, or no neighbours.
 
         Raises
         ------
         InputError
-            Names the methods that do.
+            Names the methods that do, or says how to prepare crops that show neighbours.
         """
         if not self.method.any_size:
             raise InputError(
                 f"{self.experiment.method.name} predicts crops of {self.contract.crop_px} px alone: use `predict` on a "
                 "store of crops, or train translator, regression, pix2pix, cut, cyclegan or linear"
+            )
+        if self.contract.mask_neighbours:
+            raise InputError(
+                f"{self.path} was trained on cells without their neighbours (mask_neighbours=true), and an image shows "
+                "these: use `predict` on a store that was prepared so, or train on one with mask_neighbours=false"
             )
 
     def refuse_sharp(self, wanted: bool) -> None:

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from imgshared.data.ngff import open_ngff
 from imgshared.data.readers import ImageFile, open_mask
 from imgshared.data.scan import SIDE, label_sums
-from imgshared.data.store import put_in_place
+from imgshared.data.store import put_in_place, write_anndata
 from imgshared.data.windows import plan_tiles, read_labels
+from imgshared.prediction.doubts import strange_cells
 from imgshared.slides.damage import Damage, covered
 from imgshared.slides.job import IMPUTED, Job, usual_trust
 from imgshared.slides.judge import judge
@@ -48,7 +49,12 @@ def open_labels(slide: Slide, path: Path) -> ImageFile:
 
 
 def measure_cells(
-    job: Job, labels: ImageFile, image: Path, out: Path, progress: Callable[[str, int, int], None] | None = None
+    job: Job,
+    labels: ImageFile,
+    image: Path,
+    out: Path,
+    progress: Callable[[str, int, int], None] | None = None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Path:
     """Write an AnnData on Zarr, a row a label: mean raw intensities of the slide's channels and the predicted ones.
 
@@ -58,7 +64,8 @@ def measure_cells(
 
     Of a calibrated run, that predicts the mean from its usual sources and with its own normaliser, also
     ``layers["uncertainty"]``: half width of the 90% interval, and ``layers["abstain"]`` and ``obs["ood"]`` as `predict`
-    gives them for a store of crops, see `judge`; false and NaN of measured columns.
+    gives them for a store of crops, see `judge`; false and NaN of measured columns. `warn` is told where most cells are
+    better not predicted.
 
     Parameters
     ----------
@@ -84,13 +91,14 @@ def measure_cells(
         },
         index=[str(label) for label in found.index],
     )
-    layers, trust = dict[str, NDArray[Any]](), usual_trust(job.run, job.config)
+    layers, trust, doubts = dict[str, NDArray[Any]](), usual_trust(job.run, job.config), list[str]()
     if trust is not None:
         whole = np.isfinite(means[:, own:]).all(1)
         told = partial(progress, "judge cells") if progress else None
         odd, unsure = judge(job, trust, labels, obs[whole], image / "crops", told)
         obs["ood"] = np.nan
         obs.loc[whole, "ood"] = odd
+        doubts = strange_cells(job.run, odd, unsure, job.targets)
         layers = {"uncertainty": np.full(means.shape, np.nan, np.float32), "abstain": np.zeros(means.shape, bool)}
         layers["abstain"][~whole, own:] = True
         layers["abstain"][np.ix_(whole, np.arange(means.shape[1]) >= own)] = unsure
@@ -104,10 +112,10 @@ def measure_cells(
         obsm={"spatial": centres[:, ::-1] * (slide.pixel_size_um or 1.0)},
         uns={"imgshared": json.dumps(job.about)},
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zarr announces its future sharding default on every table
-        table.write_zarr(image / "cells")
+    write_anndata(table, image / "cells")
     put_in_place(image / "cells", out)
+    for text in doubts:
+        warn(text)
     return out
 
 

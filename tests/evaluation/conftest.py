@@ -137,6 +137,7 @@ def run(tmp_path):
         split=split,
         contract=contract,
         sources=(PANEL.chromatin,),
+        source_channels=(PANEL.chromatin_index,),
         method=SimpleNamespace(sources=None, parameters=list),
         title="a stand-in",
         training_store=gone,

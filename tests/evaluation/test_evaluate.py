@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -85,7 +86,9 @@ def test_evaluation_of_planted_signals(done, tmp_path, world, run):
     assert any(s.startswith("switch, ") and "features that differ in real cells" in s for s in done.summary)
 
     out = tmp_path / "out"
-    assert sorted(p.name for p in out.iterdir()) == ["cache", "metrics.json", "model_card.md", "report.html", "tables"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "cache", "cells.zarr", "metrics.json", "model_card.md", "report.html", "tables",
+    ]  # fmt: skip
     written = {p.name for p in (out / "tables").iterdir()}
     assert written >= {"cells.csv", "effects.csv", "pictures.csv", "contradictions.csv", "latent_maps.csv",
                        "training.csv"}  # fmt: skip
@@ -96,6 +99,13 @@ def test_evaluation_of_planted_signals(done, tmp_path, world, run):
     cells = pd.read_csv(out / "tables" / "cells.csv")
     assert {"cell_id", "image", "group", "drug", "marker", "pearson", "intensity_real"} <= set(cells)
     assert set(cells["group"]) == set(run.split.test)
+    found = anndata.read_zarr(out / "cells.zarr")
+    assert list(found.obs_names) == list(dict.fromkeys(cells["cell_id"]))
+    for row in cells.sample(20, random_state=0).to_dict("records"):
+        for score in ("pearson", "intensity_real", "own"):
+            value = found[row["cell_id"], row["marker"]].layers[score].item()
+            assert value == pytest.approx(row[score], rel=1e-3, nan_ok=True)
+    assert found.obsm["z_s [DNA]"].shape == (len(found), 8)
     assert set(pd.read_csv(out / "tables" / "effects.csv")["outcome"]) >= {"again", "missed"}
     assert len(pd.read_csv(out / "tables" / "features.csv")) == len(done.features) > 90
     p = pd.read_parquet(out / "tables" / "probabilities.parquet")
@@ -200,6 +210,7 @@ def test_classifiers_from_training_cells(world, run, store, tmp_path):
     config = EvaluateConfig(labels=("drug",), train_on="train")
     found = evaluate(run, store, tmp_path / "out", config, predict=world.predict)
     assert auroc(found, "drug", "Rim", "predicted") > 0.95
+    assert any("those of predicted → real too high" in note for note in found.notes)
 
 
 def test_a_group_on_both_sides_is_refused(world, run, store, tmp_path):

@@ -132,6 +132,36 @@ def test_a_donor_whose_other_wells_trained_the_model_in_another_store(trained_ru
     assert "has no column 'donor'" in unknown.cautions[0]
 
 
+def test_training_cells_whose_groups_bear_other_names(trained_run, toy, write_store, tmp_path):
+    """As a store that was prepared again from the same images, all of them or some, with another manifest."""
+    renamed = toy.obs.assign(group=["donor " + g for g in toy.obs["group"]])
+    part = np.arange(0, 80, 2)
+    for name, rows in (("all", slice(None)), ("part", part)):
+        obs = renamed.iloc[rows]
+        path = write_store(tmp_path / f"{name}.zarr", toy.images()[rows], toy.measured[rows], toy.masks()[rows], obs)
+        store = CellStore(path)
+        with pytest.raises(InputError, match=r"cell0, of group 'donor g0', is a cell that the model has seen .* 'g0'"):
+            evaluate(trained_run, store, tmp_path / "out", CONFIG)
+    allowed = dataclasses.replace(CONFIG, allow_seen_groups=True)
+    leaking = evaluate(trained_run, store, tmp_path / "out", allowed)
+    assert stamped(leaking)
+    assert "(32 judged cells bear names of such cells)" in leaking.leaks[0]
+
+
+def test_intervals_over_parts_of_groups_are_said_to_be_too_narrow(trained_run, toy, tmp_path):
+    store = CellStore(toy.path)
+    store.obs["field"] = [f"{g}_{k % 2}" for k, g in enumerate(store.obs["group"].astype(str))]
+    found = evaluate(trained_run, store, tmp_path / "out", dataclasses.replace(CONFIG, group="field"))
+    assert found.cautions == [
+        "intervals are over field, of which a group has up to 2: they are not independent of each other, so that "
+        "intervals are too narrow; those over group are not"
+    ]
+    assert stamped(found)
+    config = dataclasses.replace(CONFIG, group="field", labels=("label",), train_on="test", folds=2)
+    with pytest.raises(InputError, match=r"group 'g4' has cells in several values of 'field'.*fold=group"):
+        evaluate(trained_run, store, tmp_path / "out", config)
+
+
 @pytest.mark.parametrize("where", ["train", "test"])
 def test_what_a_leak_would_give_is_shown_with_labels_too(world, run, store, tmp_path, where):
     allowed = dataclasses.replace(

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
-from imgshared import api
+from imgshared import api, metrics
 from imgshared.config import EvaluateConfig, Experiment, dump, validate
 from imgshared.data.store import CellStore
 from imgshared.evaluation.evaluate import evaluate
+from imgshared.evaluation.floors import Floors
 
 SMALL: list[dict[str, object]] = [
     {"name": "regression", "channels": [4, 8], "epochs": 1},
@@ -58,4 +61,16 @@ def test_a_stain_that_the_method_is_given_is_none_to_judge(
         assert set(table["marker"]) == {"P2"}
     assert found.metrics["cells_used"]["test"] == 6
     assert "Not judged of 16 held-out cells: 5 lack some of DNA, P1, 5 show no protein to judge" in found.notes
-    assert "Predicted from DNA, P1, which are not judged" in (tmp_path / "out" / "report.html").read_text()
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "Predicted from DNA, P1, which are not judged, and so is the linear floor" in html
+    assert "1 stain predicted from DNA and P1" in html.replace("of 1", "1")
+    assert "suspect a leak first" not in html
+    floor = found.fidelity.query("prediction == 'linear' and score == 'pearson'")["value"].item()
+    floors, crops = (
+        Floors(3, [0, 1]),
+        run.normaliser.forward(torch.from_numpy(store.images().astype(np.float32))).numpy(),
+    )
+    parts = run.split.assign(store.obs)
+    floors.add(crops[parts == "train"], measured[parts == "train"])
+    test = (parts == "test") & measured.all(1)
+    assert floor == pytest.approx(np.mean(metrics.pearson(crops[test, 2], floors.linear(2, crops[test]))), abs=1e-3)
