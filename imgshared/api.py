@@ -38,8 +38,10 @@ from imgshared.evaluation.refit import await_folds, fit_folds
 from imgshared.prediction import Run, predict_image
 from imgshared.prediction import load_run as _load_run
 from imgshared.prediction import predict as _predict
+from imgshared.prediction.doubts import many_sources
 from imgshared.prediction.ensemble import make_ensemble
 from imgshared.slides import predict_plate, predict_slide
+from imgshared.slides.job import clipped
 from imgshared.training.devices import alone, place_among_processes
 from imgshared.training.loop import train as _train
 from imgshared.types import InputError
@@ -169,7 +171,8 @@ def predict(
     A store's go into a new store (cells that do not show the sources are left out, and said), settings are those of
     `PredictConfig`; a slide's into an OME-Zarr image, or where `out` ends in .ome.tif an OME-TIFF, settings are those
     of `SlideConfig`. Without `out` they go to ``<run>/predictions/<name>``. Warns of markers that the run's validation
-    groups speak against (`imputability.json` in its folder).
+    groups speak against (`imputability.json` in its folder), of more sources than the model was ever shown, of
+    intensities of another scale or beyond a slide's dtype, and where most cells are better not predicted.
     """
     run = _opened_run(run)
     slide = not isinstance(data, CellStore) and is_slide(Path(data))
@@ -181,14 +184,16 @@ def predict(
         else:
             console.print(f"imgshared: warning: {text}", style="yellow", highlight=False, soft_wrap=True)
 
-    for text in warnings_of(run, config.markers or run.panel.proteins):
+    doubts = [*warnings_of(run, config.markers or run.panel.proteins), *many_sources(run, config.sources)]
+    for text in doubts + (clipped(run, config) if slide else []):
         warn(text)
     if not isinstance(data, CellStore) and slide:
         path = Path(data)
         out = Path(out) if out is not None else run.results / "predictions" / f"{stem(path.name)}.ome.zarr"
-        verb = predict_plate if is_plate(path) else predict_slide
         with _bar(console if run.fabric.is_global_zero else None, "predict") as moved:
-            return verb(run, path, out, config, overwrite=overwrite, progress=moved)
+            if is_plate(path):
+                return predict_plate(run, path, out, config, overwrite=overwrite, progress=moved)
+            return predict_slide(run, path, out, config, overwrite=overwrite, progress=moved, warn=warn)
     store = data if isinstance(data, CellStore) else CellStore(data)
     out = Path(out) if out is not None else run.results / "predictions" / f"{store.path.stem}.zarr"
     with _bar(console, "predict") as moved:

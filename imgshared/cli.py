@@ -51,6 +51,12 @@ KINDS: dict[str, type[Any]] = {
 
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+DENIED = "Choose a place that you may read and write, or change whom it is open to"
+MISPLACED = "A file stands where a folder is needed, or a folder where a file is: choose another name, or move it away"
+WRONG_PLACE = {  # what to do where the system says this of a path that the user has named
+    **dict.fromkeys((errno.EACCES, errno.EPERM), DENIED),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), MISPLACED),
+}
 GOES_ON = {  # after Ctrl-C
     "train": " The run's last checkpoint is whole: the same command with --resume goes on.",
     "evaluate": " The same command goes on with the folds and classifiers that are done.",
@@ -59,7 +65,7 @@ SETTING = re.compile(r"[A-Za-z_][^/\\=]*=")  # key=value; a path with = in its f
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, 2 for unusable input or a disk that cannot be written, 130 where interrupted."""
+    """Run a command; return 0, 2 for unusable input or a place that cannot be used, 130 where interrupted."""
     parser = _parser()
     words = list(sys.argv[1:] if argv is None else argv)
     pairs = zip(["", *words], words, strict=False)
@@ -75,15 +81,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"imgshared: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        said = _of_the_place(error)
+        if said is None:
             raise
-        where = f" {error.filename}" if error.filename else ""
-        print(f"imgshared: error: cannot write{where}: {error.strerror}", file=sys.stderr)
+        print(f"imgshared: error: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nimgshared: interrupted.{GOES_ON.get(arguments.verb, '')}", file=sys.stderr)
         return 130
     return 0
+
+
+def _of_the_place(error: OSError) -> str | None:
+    """Say what is wrong with a disk or a path, and what to do; None for any other fault."""
+    if error.errno in UNWRITABLE:
+        where = f" {error.filename}" if error.filename else ""
+        return f"cannot write{where}: {error.strerror}"
+    if error.errno in WRONG_PLACE and error.filename:
+        return f"cannot use {error.filename}: {error.strerror}. {WRONG_PLACE[error.errno]}"
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:

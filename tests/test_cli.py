@@ -1,9 +1,12 @@
 import errno
+import os
 import subprocess
 import sys
 
 import anndata
+import numpy as np
 import pytest
+import tifffile
 import yaml
 
 from imgshared.cli import KINDS, main
@@ -165,6 +168,47 @@ def test_a_full_disk_is_named_by_every_command(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr("imgshared.api.simulate", full)
     assert f"cannot write {tmp_path / 'sim'}: No space left" in fails(capsys, "simulate", tmp_path / "sim")
+
+
+@pytest.mark.parametrize("inside", ["", "/deeper"])
+@pytest.mark.parametrize("verb", ["simulate", "prepare", "train", "predict"])
+def test_a_file_where_a_folder_is_needed_is_named(capsys, tmp_path, trained_run, toy_path, verb, inside):
+    (tmp_path / "file").write_text("mine")
+    out = f"{tmp_path / 'file'}{inside}"
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((64, 64), np.uint16))
+    (tmp_path / "m.csv").write_text("image\na.tif\n")
+    (tmp_path / "c.yaml").write_text(f"data: {toy_path}\n")
+    words = {
+        "simulate": ["simulate", out, "cells=64"],
+        "prepare": ["prepare", tmp_path / "m.csv", out, "channels=[DNA]"],
+        "train": ["train", tmp_path / "c.yaml", "--out", out, *TINY],
+        "predict": ["predict", trained_run.path, toy_path, "--out", out],
+    }
+    said = fails(capsys, *words[verb])
+    assert str(tmp_path / "file") in said
+    assert "choose " in said.lower()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EISDIR, errno.EEXIST])
+def test_a_place_that_may_not_be_used_is_named_with_what_to_do(capsys, monkeypatch, code):
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code), "/mine/sim")
+
+    monkeypatch.setattr("imgshared.api.simulate", refuse)
+    said = fails(capsys, "simulate", "/mine/sim")
+    assert f"cannot use /mine/sim: {os.strerror(code)}. " in said
+    assert "hoose " in said
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "Input/output", "a")])
+def test_other_faults_keep_their_traceback(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("imgshared.api.simulate", fail)
+    with pytest.raises(OSError, match=error.strerror):
+        main(["simulate", "sim"])
 
 
 def test_it_runs_as_a_command():

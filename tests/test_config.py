@@ -85,7 +85,10 @@ TRANSLATOR = ["method.name=translator"]
         (Experiment, [DATA, "train.ema=1"], "train.ema = 1: Input should be less than 1"),
         (Experiment, [DATA, "train.balance=panel"], "train.balance = 'panel': Input should be 'cells' or 'panels'"),
         (Experiment, [DATA, "split.val=2"], "split.val = 2: Input should be less than 1"),
-        (Experiment, [DATA, "split.val=[yes]"], "split.val.0 = True: Input should be a valid string"),
+        (Experiment, [DATA, "split.val=[[a]]"], "split.val.0 = ['a']: Input should be a valid string"),
+        (Experiment, [DATA, "seed=true"], "seed = 'true': Input should be a valid integer"),
+        (Experiment, [DATA, "method={name: cut, width: 8, name: linear}"],
+         "(the key 'name' stands in line 1 and again in line 1: keep one)"),
         (Experiment, [DATA, "seed"], "'seed' is not key=value"),
         (Experiment, [DATA, "markers=[DNA"], "markers: cannot read '[DNA'"),
         (Experiment, [DATA, "seed=2", "seed.deeper=1"], "seed.deeper: seed is a value, not a section"),
@@ -113,6 +116,14 @@ def test_all_mistakes_are_listed_at_once():
         (b"\xff\xfe\x00", "is not YAML"),
         (b"", "holds no keys"),
         (b"- 1\n- 2\n", "holds no keys"),
+        (
+            b"data: a\nmethod: {name: cut}\nseed: 1\nmethod: {name: linear}\n",
+            "is not YAML: the key 'method' stands in line 2 and again in line 4: keep one",
+        ),
+        (
+            b"data: a\nmethod:\n  name: cut\n  width: 8\n  'width': 9\n",
+            "is not YAML: the key 'width' stands in line 4 ",
+        ),
     ],
 )
 def test_files_that_are_no_configuration_are_named(tmp_path, content, message):
@@ -138,10 +149,12 @@ def test_the_file_is_named_where_its_key_is_wrong(tmp_path):
 
 def test_numbers_as_people_write_them(tmp_path):
     path = tmp_path / "a.yaml"
-    path.write_text("data: x\nmethod: {lr_decoder: 2e-4, norm_weight: 1E3, lr_latent: 3}\n")
+    path.write_text("data: x\nmethod: {lr_decoder: 2e-4, norm_weight: 1E3, lr_latent: 3.50}\n")
     method = load(Experiment, path, ["method.lr_encoder=5e-5", "split.val=1e-1"]).method
-    assert (method.lr_decoder, method.norm_weight, method.lr_latent, method.lr_encoder) == (2e-4, 1e3, 3.0, 5e-5)
+    assert (method.lr_decoder, method.norm_weight, method.lr_latent, method.lr_encoder) == (2e-4, 1e3, 3.5, 5e-5)
     assert load(Experiment, path, ["split.val=1e-1"]).split.val == 0.1
+    assert load(Experiment, path, ["split.val=0.150"]).split.val == 0.15
+    assert load(Experiment, path, ["seed=007"]).seed == 7
 
 
 @pytest.mark.parametrize("margin", ["0", "1", "-0.1", "1.5"])
@@ -178,10 +191,34 @@ def test_a_mistake_in_one_method_is_not_answered_with_the_keys_of_another():
     assert all("apollo" not in line and "Did you mean 'method.shared_dim'" not in line for line in lines)
 
 
-def test_names_stay_text():
-    split = load(Experiment, None, [DATA, "split.val=[7,G1,1e5,'08']", "split.by=3"]).split
-    assert split.val == ("7", "G1", "1e5", "08")
-    assert split.by == "3"
+NAMES = "[7, 01, 010, 0x1F, 1_0, 1:30, 1.50, 0.00001, 1e5, '08', yes, No, True, false, on, 2024-01-01, G1]"
+
+
+def test_names_stay_the_text_that_was_written(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"data: x\nsplit: {{val: {NAMES}, by: 03}}\nunstained: {{01: [yes], 1: [no]}}\n")
+    written = tuple(NAMES.strip("[]").replace("'", "").split(", "))
+    found = load(Experiment, path, [f"split.test={NAMES}"])
+    assert (found.split.val, found.split.test, found.split.by) == (written, written, "03")
+    assert found.unstained == {"01": ("yes",), "1": ("no",)}
+    assert load(EvaluateConfig, None, ["label_values=[yes,no]"]).label_values == ("yes", "no")
+    assert load(Experiment, None, [DATA, "split.by=on", "split.test=[01,02]"]).split.test == ("01", "02")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("yes", True), ("On", True), ("true", True), ("False", False), ("0", False)]
+)
+def test_yes_and_no_are_true_and_false_where_that_is_asked(text, value):
+    assert load(PrepareConfig, None, [f"qc={text}"]).qc is value
+
+
+def test_null_is_nothing_and_merge_keys_work(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("data: x\nmarkers: ~\nsplit: {by: a, seed: 2}\nmethod: {name: linear, sources: null}\n")
+    found = load(Experiment, path, ["split.stratify=", "method.sources=null"])
+    assert (found.markers, found.method.sources, found.split.stratify, found.split.seed) == (None, None, None, 2)
+    path.write_text("segment: {<<: {smooth: 2 px, split: 3 px}, split: 4 px}\n")
+    assert load(PrepareConfig, path).segment == SegmentConfig(smooth="2 px", split="4 px")
 
 
 def test_overrides_win_over_the_file_and_reach_into_sections(tmp_path):

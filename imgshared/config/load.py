@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import re
@@ -20,10 +21,13 @@ T = TypeVar("T")
 def load(kind: type[T], path: Path | None = None, overrides: Sequence[str] = ()) -> T:
     """Read a YAML file, apply ``dotted.key=value`` overrides and validate.
 
+    What is to be text arrives as it was written: ``01``, ``yes`` and ``2024-01-01`` are names where names are wanted.
+
     Raises
     ------
     InputError
-        Names the dotted key and what is wrong with it, and for an unknown key the nearest valid one.
+        Names the dotted key and what is wrong with it, and for an unknown key the nearest valid one; for a key that is
+        written twice, both lines.
     """
     tree = _read_yaml(path) if path else {}
     for override in overrides:
@@ -31,7 +35,7 @@ def load(kind: type[T], path: Path | None = None, overrides: Sequence[str] = ())
         if not equals:
             raise InputError(f"{override!r} is not key=value")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise InputError(f"{key}: cannot read {text!r} ({error})") from error
         _assign(tree, key.strip().split("."), value)
@@ -39,7 +43,7 @@ def load(kind: type[T], path: Path | None = None, overrides: Sequence[str] = ())
 
 
 def validate(kind: type[T], tree: Mapping[str, Any], origin: str) -> T:
-    """Turn plain data into a configuration; see `load`. PyYAML reads 2e-4 as a string: the schema makes it a number."""
+    """Turn plain data into a configuration; see `load`. Of text like 2e-4 or yes the schema makes what a key wants."""
     try:
         return TypeAdapter(kind).validate_python(tree)
     except ValidationError as error:
@@ -54,7 +58,7 @@ def dump(config: Any) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError as error:
         raise InputError(f"no configuration at {path}") from error
     except OSError as error:
@@ -64,6 +68,41 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(f"{path} holds no keys")
     return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key may be written twice, and only nothing (null) and plain numbers are more than text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse what would silently lose the first of two values."""
+        lines = dict[str, int]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            name, line = key.value, key.start_mark.line + 1
+            if name in lines:
+                both = f"line {lines[name]} and again in line {line}"
+                raise yaml.YAMLError(f"the key {name!r} stands in {both}: keep one")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
+def _number(_: _Loader, node: yaml.ScalarNode) -> float | str:
+    """Return a number where its text is all that it tells; 01 and 1.50 stay text, for they may be names."""
+    text = str(node.value)
+    if text.lower().endswith((".inf", ".nan")):
+        return float(text.replace(".", ""))
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            if str(kind(text)) == text:
+                return kind(text)
+    return text
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in rules if tag.rsplit(":", 1)[1] in ("null", "int", "float", "merge")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
 
 
 def _assign(tree: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -44,7 +44,7 @@ class PrepareConfig:
     cells: Path | None = None  # a table with columns image, label and anything to be joined into obs
     cells_image_column: str | None = None
     cells_label_column: str | None = None
-    mask_neighbours: bool = False  # zero the pixels of other cells in a crop
+    mask_neighbours: bool = False  # zero the pixels of other cells in a crop; a model of such cells predicts no slides
     segment: SegmentConfig = dataclasses.field(default_factory=SegmentConfig)
     qc: bool = True  # write a picture of the outlines for each image
 
@@ -199,7 +199,7 @@ class EvaluateConfig:
     cnn_steps: Annotated[int, Field(ge=20)] = 600  # batches of 64 crops, at most, for each network
     refit: bool = False  # nested: train a normaliser, model and classifiers for each fold of groups
     sharp: bool = False  # judge the sharp output in place of the mean
-    # A store that `imgshared predict` wrote, or another tool in its format: judge its images, those of the run's model
+    # A store that `imgshared predict` wrote, or an AnnData of another tool: judge its images, those of the run's model
     # otherwise; paths are relative to where the command runs.
     predictions: str | None = None
     allow_seen_groups: bool = False  # judge groups that trained the model, too; the report is marked as leaking

@@ -54,6 +54,11 @@ class Normaliser:
             return x * x.abs()
         return torch.sinh(x) * self.cofactor if self.transform == "arcsinh" else x
 
+    def ends(self, channel: int) -> tuple[float, float]:
+        """Return the raw intensities of a channel that become 0 and 1."""
+        low, high = self.select([channel]).inverse(torch.tensor([0.0, 1.0])[None, None]).flatten().tolist()
+        return low, high
+
     def _bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
         low, high = (
             torch.tensor(v, dtype=torch.float32, device=x.device)[:, None, None] for v in (self.low, self.high)

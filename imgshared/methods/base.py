@@ -93,6 +93,8 @@ class Method(nn.Module, ABC):
         Whether each pixel depends on statistics of all of the image, as after instance normalisation.
     sharp
         Whether its predictions have a sharp output beside the mean.
+    most_proteins
+        The most proteins of a cell that its training shows it at once; None: as many as a cell has.
     scaled
         Whether they have a scale, the expected deviation of each pixel.
     world
@@ -108,6 +110,7 @@ class Method(nn.Module, ABC):
     any_size: bool = False
     global_statistics: bool = False
     sharp: bool = False
+    most_proteins: int | None = None
     scaled: bool = False
     world: int = 1
     progress: float = 0.0

@@ -35,6 +35,7 @@ class Ensemble(Method):
         first = members[0]
         self.sources, self.targets = first.sources, first.targets
         self.any_size, self.global_statistics = first.any_size, first.global_statistics
+        self.most_proteins = first.most_proteins
 
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
         """Return the mean over members, and sqrt(mean of scales^2 + variance of means)."""

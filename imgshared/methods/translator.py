@@ -95,7 +95,7 @@ class Translator(MapMethod):
 
     def __init__(self, config: TranslatorConfig, *, panel: Panel, crop_px: int) -> None:
         super().__init__(config, panel)
-        self.weights = config.weights
+        self.weights, self.most_proteins = config.weights, config.visible_proteins
         if crop_px <= self.network.multiple:  # BatchNorm needs more than one value of a channel, even of one stain
             raise InputError(
                 f"method.channels: {len(config.channels)} levels halve the image to 1/{self.network.multiple}, crops "

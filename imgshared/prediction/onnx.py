@@ -86,7 +86,7 @@ def load_onnx(path: Path) -> Run:
     Raises
     ------
     InputError
-        Where it is missing, damaged, not of imgshared, or onnxruntime is not installed.
+        Where it is missing, damaged, not of imgshared or of one with another contract, or onnxruntime is not installed.
     """
     if not path.exists():
         raise InputError(f"no model at {path}")
@@ -103,6 +103,11 @@ def load_onnx(path: Path) -> Run:
         raise InputError(f"{path} carries no contract of imgshared: only files of `imgshared export` can be used")
     about = json.loads(text)
     experiment: Experiment = validate(Experiment, yaml.safe_load(about["config"]), str(path))
-    contract = Contract.from_dict(about["contract"])
+    try:
+        contract = Contract.from_dict(about["contract"])
+    except KeyError as error:
+        raise InputError(
+            f"{path} was exported by an imgshared ({about['version']}) whose contract lacks {error}: export it again"
+        ) from error
     method = OnnxMethod(session, contract.panel, contract.normaliser, about).eval()
     return Run(path, path, experiment, contract, method, make_fabric("cpu", "float32"))

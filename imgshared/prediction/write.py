@@ -22,6 +22,7 @@ from imgshared.data.normalise import Normaliser
 from imgshared.data.store import CellStore, StoreWriter, panel_table, refuse_existing
 from imgshared.methods.base import LatentMethod
 from imgshared.prediction.cells import Progress, lack, predict_batches, predictable
+from imgshared.prediction.doubts import other_scale, strange_cells
 from imgshared.prediction.frames import OmeFrames, refuse_frames
 from imgshared.prediction.images import in_raw
 from imgshared.prediction.run import Run
@@ -65,7 +66,8 @@ def predict(
 
     Cells that do not show what they would be predicted from (see `prediction.predictable`), as half of those that were
     never stained together, are left out of all that is written; `warn` is told how many and why. The others keep their
-    names: ``cells[predictions.obs_names]`` are their measured stains.
+    names: ``cells[predictions.obs_names]`` are their measured stains. `warn` is also told of sources whose intensities
+    have another scale than the training's, and where most cells are better not predicted; see `prediction.doubts`.
 
     Written: `obs` of those cells; `var` the predicted markers; `X` mean predicted intensity in each cell's mask;
     ``layers["measured"]``; ``obsm["predicted_images"]`` (N, T, Y, X) float32 in the raw units of the images, with
@@ -106,8 +108,22 @@ def predict(
             f"{len(store) - len(cells):,} of {len(store):,} cells are left out: they {lack(run, config.sources)}, from "
             "which the others are predicted"
         )
+    for text in other_scale(run, store, config.sources) if fabric.is_global_zero else ():
+        warn(text)
     if fabric.world_size == 1:
-        return _write(job, _predicted(job, cells), out, cells, overwrite, progress)
+        _write(job, _predicted(job, cells), out, cells, overwrite, progress)
+    else:
+        _write_shares(job, out, cells, overwrite, progress)
+    if job.trust is not None and fabric.is_global_zero:
+        written = CellStore(out)
+        for text in strange_cells(run, written.obs["ood"].to_numpy(), written.layers()["abstain"], targets):
+            warn(text)
+    return out
+
+
+def _write_shares(job: Job, out: Path, cells: NDArray[np.intp], overwrite: bool, progress: Progress | None) -> None:
+    """Write the store where several processes predict, each its share of the cells, and the first one joins these."""
+    config, fabric = job.config, job.run.fabric
     parts = [Path(f"{out}.part{rank}") for rank in range(fabric.world_size)]
     share = _shares(cells, config.batch_size, fabric.world_size)[fabric.global_rank]
     plain = replace(job, config=replace(config, ome_tiff=False))
@@ -119,7 +135,6 @@ def predict(
         fabric.barrier()
     finally:
         shutil.rmtree(parts[fabric.global_rank], ignore_errors=True)
-    return out
 
 
 def _shares(cells: NDArray[np.intp], batch_size: int, ranks: int) -> list[NDArray[np.intp]]:

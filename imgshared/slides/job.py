@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from imgshared.config import SlideConfig
 from imgshared.data.panel import IMPUTED as IMPUTED
@@ -58,9 +58,9 @@ class Job:
         markers = self.run.panel.markers
         measured = [(name, c) for c, name in self.measured.items()]
         predicted = [(markers[t] + IMPUTED, t) for t in self.targets]
-        looks = [ChannelLook(name, *_contrast(self.run, c)) for name, c in (*measured, *predicted)]
+        looks = [ChannelLook(name, *self.run.normaliser.ends(c)) for name, c in (*measured, *predicted)]
         if self.trust is not None:
-            spans = {t: _contrast(self.run, t) for t in self.targets}
+            spans = {t: self.run.normaliser.ends(t) for t in self.targets}
             looks += [
                 ChannelLook(markers[t] + IMPUTED + UNCERTAINTY, 0.0, spans[t][1] - spans[t][0]) for t in self.targets
             ]
@@ -112,6 +112,11 @@ def settle(run: Run, path: Path, config: SlideConfig) -> Job:
     run.refuse_crops_alone()
     run.refuse_sharp(config.sharp)
     slide = open_slide(run, path, config)
+    if config.measured and not np.can_cast(slide.image.dtype, dtype_of(run, config)):
+        raise InputError(
+            f"dtype={config.dtype} does not hold the {slide.image.dtype} pixels of {path} that measured=true writes as "
+            "they are: leave dtype out, or measured=true"
+        )
     chosen = run.source_mask(config.sources)
     sources = tuple(chosen.nonzero()[:, 0].tolist())
     first = slide.channels[sources[0]]
@@ -139,7 +144,21 @@ def usual_trust(run: Run, config: SlideConfig) -> Trust | None:
     return load_trust(run.path) if usual and not config.sharp and config.normaliser == "checkpoint" else None
 
 
-def _contrast(run: Run, channel: int) -> tuple[float, float]:
-    """Raw intensities that the normaliser takes to 0 and 1."""
-    ends = run.normaliser.select([channel]).inverse(torch.tensor([0.0, 1.0])[None, None])
-    return float(ends.flatten()[0]), float(ends.flatten()[1])
+def dtype_of(run: Run, config: SlideConfig) -> np.dtype[Any]:
+    """Return the dtype of the pixels that are written; a slide's own is the model's."""
+    return np.dtype(run.contract.dtype if config.dtype == "auto" else config.dtype)
+
+
+def clipped(run: Run, config: SlideConfig) -> list[str]:
+    """Say which predicted stains were brighter in the training than the wished dtype can be."""
+    kind, markers = dtype_of(run, config), run.panel.markers
+    if np.can_cast(run.contract.dtype, kind):
+        return []
+    targets, most = run.target_channels(config.markers, run.source_mask(config.sources)), np.iinfo(kind).max
+    over = [f"{markers[t]} ({end:,.0f})" for t in targets if (end := run.normaliser.ends(t)[1]) > most]
+    if not over:
+        return []
+    return [
+        f"dtype={config.dtype} cuts predictions off at {most:,}, and in the training these stains were brighter: "
+        f"{', '.join(over)}. dtype=auto or float32 keeps them"
+    ]

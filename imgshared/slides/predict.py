@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,7 @@ from imgshared.data.windows import Read, Span, plan_tiles
 from imgshared.prediction.run import Run
 from imgshared.slides.cells import measure_cells, open_labels
 from imgshared.slides.damage import Damage, around, collect, covered, record_of
-from imgshared.slides.job import Job, settle
+from imgshared.slides.job import Job, dtype_of, settle
 from imgshared.slides.place import cells_path, is_ome_tiff, make_way, partial_of, refuse_place
 from imgshared.slides.pyramid import PyramidWriter
 from imgshared.slides.tiff import write_ome_tiff
@@ -40,14 +41,16 @@ def predict_slide(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Path:
     """Predict the unmeasured stains of a slide.
 
     Written: a sharded OME-Zarr 0.5 with its pyramid, or where `out` ends in .ome.tif a pyramidal OME-TIFF; predicted
     channels are called ``<marker>_imputed`` and in raw intensities, their provenance is the attribute ``imgshared``.
-    With `cells` also ``<out without its extension>.cells.zarr``, see `measure_cells`. Where `tissue` shows glass, pixel
-    by pixel, predicted channels are zero; measured ones are always what was measured. With `skip_damaged` predicted
-    channels are zero wherever the model would have seen what cannot be read.
+    With `cells` also ``<out without its extension>.cells.zarr``, see `measure_cells`; `warn` is told where most of them
+    are better not predicted. Where `tissue` shows glass, pixel by pixel, predicted channels are zero; measured ones are
+    always what was measured. With `skip_damaged` predicted channels are zero wherever the model would have seen what
+    cannot be read.
 
     An interrupted prediction is gone on with by the same call; finished tiles are not predicted again, and nothing has
     its name before it is whole. Under torchrun each process takes its share of the tiles.
@@ -55,9 +58,10 @@ def predict_slide(
     Raises
     ------
     InputError
-        Where the slide does not fit the model, a wish has no effect, `out` exists or is the slide, or its name is that
-        of another kind of image; an interrupted prediction with other settings lies there; the mask of cells holds
-        none; a window of the slide cannot be read, or holds floats that are no intensities; the disk is full.
+        Where the slide does not fit the model, a wish has no effect, the dtype does not hold measured channels, `out`
+        exists or is the slide, or its name is that of another kind of image; an interrupted prediction with other
+        settings lies there; the mask of cells holds none; a window of the slide cannot be read, or holds floats that
+        are no intensities; the disk is full.
     """
     config, fabric = config or SlideConfig(), run.fabric
     refuse_place(path, out, overwrite)
@@ -68,7 +72,7 @@ def predict_slide(
         _write_image(job, out, overwrite, progress)
         if fabric.global_rank == 0:
             if labels is not None:
-                measure_cells(job, labels, unfinished, cells_path(out), progress)
+                measure_cells(job, labels, unfinished, cells_path(out), progress, warn)
             if is_ome_tiff(out):
                 if progress:
                     progress("write OME-TIFF", 0, 1)
@@ -89,7 +93,7 @@ def predict_slide(
 def _write_image(job: Job, out: Path, overwrite: bool, progress: Progress | None) -> None:
     """Write what is not yet done of an image, in its unfinished place; each process its share of the tiles."""
     fabric, about, looks, folder = job.run.fabric, job.about, job.looks, partial_of(out)
-    kind = job.slide.image.dtype if job.config.dtype == "auto" else np.dtype(job.config.dtype)
+    kind = dtype_of(job.run, job.config)
     begin = partial(PyramidWriter, folder, (len(looks), *job.slide.shape), kind, tile=job.config.tile, about=about)
     if fabric.global_rank == 0:
         make_way(folder, about, overwrite)

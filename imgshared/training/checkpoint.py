@@ -22,7 +22,7 @@ from imgshared.data.split import Split
 from imgshared.data.store import CellStore
 from imgshared.types import InputError
 
-FORMAT = 2  # raised whenever an older checkpoint would be misread
+FORMAT = 3  # raised whenever an older checkpoint would be misread
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Contract:
         Markers, order, aliases.
     crop_px, pixel_size_um, dtype
         Of the crops; pixel size None where unknown.
+    mask_neighbours
+        Whether the pixels of other cells are zero in a crop.
     normaliser, split
         As fitted.
     data_hash
@@ -45,6 +47,7 @@ class Contract:
     crop_px: int
     pixel_size_um: float | None
     dtype: str
+    mask_neighbours: bool
     normaliser: Normaliser
     split: Split
     data_hash: str
@@ -59,6 +62,7 @@ class Contract:
             "crop_px": self.crop_px,
             "pixel_size_um": self.pixel_size_um,
             "dtype": self.dtype,
+            "mask_neighbours": self.mask_neighbours,
             "normaliser": self.normaliser.to_dict(),
             "split": self.split.to_dict(),
             "data_hash": self.data_hash,
@@ -66,13 +70,14 @@ class Contract:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Contract:
-        """Read back what `to_dict` wrote."""
+        """Read back what `to_dict` wrote; a `KeyError` names a term that is not there."""
         aliases = {k: tuple(v) for k, v in data["aliases"].items()}
         return Contract(
             Panel(tuple(data["markers"]), data["chromatin"], aliases),
             data["crop_px"],
             data["pixel_size_um"],
             data["dtype"],
+            data["mask_neighbours"],
             Normaliser.from_dict(data["normaliser"]),
             Split.from_dict(data["split"]),
             data["data_hash"],
@@ -89,7 +94,8 @@ class Contract:
         Raises
         ------
         InputError
-            Names the first term that the store breaks: a missing marker, the crop size, the pixel size, the dtype.
+            Names the first term that the store breaks: a missing marker, the crop size, the pixel size, the dtype,
+            whether neighbours are masked.
         """
         missing = []
         channels: list[int | None] = []
@@ -107,10 +113,12 @@ class Contract:
         size = (
             f"prepare with pixel_size_um={self.pixel_size_um}" if self.pixel_size_um else "the model knows pixels alone"
         )
+        masked = self.mask_neighbours, store.mask_neighbours
         for term, ours, theirs, mend in (
             ("crop size (px)", self.crop_px, store.crop_px, f"prepare with crop_px={self.crop_px}"),
             ("pixel size (um)", self.pixel_size_um, store.pixel_size_um, size),
             ("dtype", self.dtype, str(store.dtype), "convert the images, or train on data of this kind"),
+            ("mask_neighbours", *masked, f"prepare with mask_neighbours={str(self.mask_neighbours).lower()}"),
         ):
             if not _same(ours, theirs):
                 raise InputError(f"{store.path}: {term} is {theirs}, the model was trained with {ours}: {mend}")
@@ -169,7 +177,7 @@ def load(path: Path) -> tuple[dict[str, Any], Contract]:
     if written_by[0] != FORMAT:
         raise InputError(
             f"{path} has checkpoint format {written_by[0]} (imgshared {written_by[1]}), this imgshared "
-            f"{version('imgshared')} reads format {FORMAT}: use that version, or train again"
+            f"{version('imgshared')} reads format {FORMAT}: train again, or use the one that wrote it"
         )
     if _digest(tensors, text) != metadata.get("sha256") or header["tensors"] != _kinds(tensors):
         raise InputError(f"{path} is damaged or was changed after training: its digest does not match")

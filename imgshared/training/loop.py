@@ -82,8 +82,9 @@ class Trainer:
         measured = build_measured(experiment, store, panel)
         normaliser = build_normaliser(experiment, store, panel, split, measured)
         self.contract = Contract(
-            panel, store.crop_px, store.pixel_size_um, str(store.dtype), normaliser, split, store.data_hash
-        )
+            panel, store.crop_px, store.pixel_size_um, str(store.dtype), store.mask_neighbours, normaliser, split,
+            store.data_hash,
+        )  # fmt: skip
         self.augment = build_augment(experiment.augment, experiment.method)
         torch.manual_seed(mix(experiment.seed))
         method = build_method(experiment.method, panel, store.crop_px)

@@ -144,6 +144,11 @@ def test_what_cannot_be_opened_is_refused(exported, untrained, toy, image, tmp_p
     onnx.save(foreign, tmp_path / "foreign.onnx")
     with pytest.raises(InputError, match="no contract of imgshared"):
         api.load_run(tmp_path / "foreign.onnx")
+    old = onnx.load(str(path))
+    old.metadata_props[0].value = old.metadata_props[0].value.replace('"mask_neighbours"', '"other"')
+    onnx.save(old, tmp_path / "old.onnx")
+    with pytest.raises(InputError, match=r"old\.onnx was exported by an imgshared .* lacks 'mask_neighbours': export"):
+        api.load_run(tmp_path / "old.onnx")
     one = api.load_run(api.export(run, tmp_path / "one.onnx", markers=("P2",)))
     assert predict_image(one, image, run.panel.markers).shape[0] == 1
     with pytest.raises(InputError, match=r"does not predict P1, but P2"):

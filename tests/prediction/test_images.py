@@ -78,3 +78,6 @@ def test_what_cannot_be_predicted_is_refused(untrained, trained_run, field):
         predict_image(run, field, run.panel.markers, markers=["P9"])
     with pytest.raises(InputError, match="apollo predicts crops of 16 px alone"):
         predict_image(trained_run, field, run.panel.markers)
+    masked = replace(run, contract=replace(run.contract, mask_neighbours=True))
+    with pytest.raises(InputError, match=r"was trained on cells without their neighbours \(mask_neighbours=true\)"):
+        predict_image(masked, field, run.panel.markers)

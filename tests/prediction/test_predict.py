@@ -287,6 +287,15 @@ def test_a_store_that_lacks_a_source_is_refused_by_name(trained_run, arrays, wri
     assert [p.name for p in tmp_path.iterdir()] == ["o.zarr"]
 
 
+def test_a_model_of_masked_cells_predicts_no_others(tiny, toy, arrays, write_store, tmp_path, tmp_path_factory):
+    alone = write_store(tmp_path / "alone.zarr", *arrays, mask_neighbours=True)
+    method = {"name": "linear", "pixels": 16}
+    run = train_tiny(tiny, tmp_path_factory, method, data=str(alone))
+    with pytest.raises(InputError, match=r"cells\.zarr: mask_neighbours is False, .*prepare with mask_neighbours=true"):
+        predict(run, toy, tmp_path / "p.zarr")
+    predict(run, CellStore(alone), tmp_path / "p.zarr")
+
+
 def test_chromatin_alone_is_enough(trained_run, toy, arrays, write_store, tmp_path):
     images, measured, masks, obs = arrays
     panel = Panel(("DNA",), "DNA")

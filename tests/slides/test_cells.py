@@ -126,6 +126,15 @@ def test_cells_are_judged_as_those_of_a_store(calibrated, toy, arrays, write_tif
     assert sorted(p.name for p in (tmp_path / "o.ome.zarr").iterdir()) == ["0", "zarr.json"]
 
 
+def test_a_slide_of_strange_cells_is_warned_of(calibrated, pixels, labels, write_tiff, tmp_path):
+    """Cells of one brightness, fifty times the training's."""
+    path = write_tiff(tmp_path / "s.ome.tif", np.full_like(pixels, 60000))
+    config, told = SlideConfig(cells=str(tmp_path / "mask.tif")), list[str]()
+    predict_slide(calibrated, path, tmp_path / "o.ome.zarr", config, warn=told.append)
+    assert len(told) == 1
+    assert "3 of 3 cells are unlike nearly all that the run was calibrated on, by their DNA" in told[0]
+
+
 def test_without_a_calibration_nothing_is_judged(calibrated, pixels, labels, write_tiff, tmp_path):
     path = write_tiff(tmp_path / "s.ome.tif", pixels)
     wish = SlideConfig(cells=str(tmp_path / "mask.tif"), sharp=True)

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from imgshared.data.ngff import open_ngff
 from imgshared.prediction import predict_image
 from imgshared.slides import predict as module
 from imgshared.slides import predict_slide
+from imgshared.slides.job import clipped
 from imgshared.slides.predict import PyramidWriter
 from imgshared.types import InputError
 
@@ -178,6 +180,11 @@ def test_what_cannot_be_predicted_is_refused(run, trained_run, pixels, write_tif
     path, out = write_tiff(tmp_path / "s.ome.tif", pixels), tmp_path / "o.ome.zarr"
     with pytest.raises(InputError, match="apollo predicts crops of 16 px alone"):
         predict_slide(trained_run, path, out)
+    masked = replace(run, contract=replace(run.contract, mask_neighbours=True))
+    with pytest.raises(InputError, match="was trained on cells without their neighbours"):
+        predict_slide(masked, path, out)
+    with pytest.raises(InputError, match=r"dtype=uint8 does not hold the uint16 pixels of .*that measured=true writes"):
+        predict_slide(run, path, out, SlideConfig(measured=True, dtype="uint8"))
     with pytest.raises(InputError, match="is, holds or lies in the slide"):
         predict_slide(run, path, path)
     (tmp_path / "notes").mkdir()
@@ -198,6 +205,19 @@ def test_the_api_tells_slides_from_stores(run, toy_path, pixels, write_tiff, tmp
     assert open_ngff(out).channels == ("P2_imputed",)
     with pytest.raises(InputError, match=r"PredictConfig.*tile"):
         api.predict(run, toy_path, tmp_path / "p.zarr", tile=512)
+
+
+def test_a_dtype_that_cuts_predictions_off_is_warned_of(run, pixels, write_tiff, tmp_path):
+    path = write_tiff(tmp_path / "s.ome.tif", pixels[:, :256, :256])
+    with pytest.warns(
+        UserWarning, match=r"dtype=uint8 cuts predictions off at 255, .* brighter: P1 \(\d+\), P2 \(\d+\)\."
+    ):
+        api.predict(run, path, tmp_path / "o.ome.zarr", dtype="uint8")
+    assert clipped(run, SlideConfig(dtype="uint8", markers=("P2",)))[0].count("P1") == 0
+    for wide in ("auto", "uint16", "float32"):
+        assert clipped(run, SlideConfig(dtype=wide)) == []
+    dim = replace(run.normaliser, high=(255.0,) * 3)
+    assert clipped(replace(run, contract=replace(run.contract, normaliser=dim)), SlideConfig(dtype="uint8")) == []
 
 
 def test_a_tile_is_read_while_one_is_predicted_and_another_written(run, pixels, write_tiff, tmp_path, monkeypatch):

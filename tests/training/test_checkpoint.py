@@ -21,6 +21,7 @@ CONTRACT = Contract(
     16,
     0.5,
     "uint16",
+    False,
     Normaliser("arcsinh", 5.0, (0.0, 1.0, 2.0), (3.0, 4.0, 5.0)),
     Split("group", ("g0",), ("g1",), ("g2", "g3")),
     "abc",
@@ -116,7 +117,7 @@ def test_files_of_something_else_are_refused(tmp_path):
 
 def test_another_format_is_refused_with_both_versions(path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 99)
-    with pytest.raises(InputError, match=r"checkpoint format 2 \(imgshared 0.* reads format 99"):
+    with pytest.raises(InputError, match=r"checkpoint format 3 \(imgshared 0.* reads format 99: train again"):
         load(path)
 
 
@@ -176,8 +177,19 @@ def test_markers_are_found_by_the_aliases_of_either_side(store):
         ({"pixel_size_um": 0.65}, r"pixel size \(um\) is 0.65, .* with 0.5: prepare with pixel_size_um=0.5"),
         ({"pixel_size_um": None}, r"pixel size \(um\) is None"),
         ({"dtype": "float32"}, "dtype is float32, the model was trained with uint16"),
+        (
+            {"mask_neighbours": True},
+            "mask_neighbours is True, .* trained with False: prepare with mask_neighbours=fals",
+        ),
     ],
 )
 def test_the_broken_term_is_named(store, changes, message):
     with pytest.raises(InputError, match=message):
         CONTRACT.check(store(**changes))
+
+
+def test_a_model_of_masked_cells_takes_no_others(store):
+    masked = dataclasses.replace(CONTRACT, mask_neighbours=True)
+    assert masked.check(store(mask_neighbours=True)) == [0, 1, 2]
+    with pytest.raises(InputError, match=r"s\.zarr: mask_neighbours is False, .* prepare with mask_neighbours=true"):
+        masked.check(store())
