@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The studies of the README and their figures, from nothing but the project and the folder of real images.
 #   scripts/reproduce.sh DATA OUT
-# DATA holds bbbc013/ and imc_spleen/. Finished parts are not computed again. Four to five hours on 2 CPU cores.
+# DATA holds bbbc013/ and imc_spleen/. Finished parts are not computed again. Most of a day on 2 CPU cores.
 set -euo pipefail
 [ $# -eq 2 ] || { sed -n 2,4p "$0"; exit 2; }
 here="$(cd "$(dirname "$0")/.." && pwd)"
@@ -20,5 +20,11 @@ PYTHON="$python" ./reproduce_evaluation.sh "$data" "$out"
 "$python" benchmark_scale.py --record "$out/results/scale.json"
 "$python" study_kill.py "$out/kill" --record "$out/results/kill.json"
 "$python" study_slides.py "$data" "$out/slides" --record "$out/results/slides_real.json"
-"$python" benchmark_slides.py "$out/kill/train/straight" "$out/gigapixels" --record "$out/results/slides.json"
+for size in "[8,16,32]" "[16,32,64,128]"; do
+  run="$out/gigapixels/regression_$(tr -dc 0-9 <<< "$size")"
+  [ -e "$run" ] || "$python" -m imgshared.cli train ../configs/regression.yaml data="$out/kill/prepare/straight" \
+    "method.channels=$size" method.epochs=3 --out "$run"
+done
+"$python" benchmark_slides.py "$out/gigapixels/regression_81632" "$out/gigapixels" --record "$out/results/slides.json" \
+  --beside "$out/gigapixels/regression_163264128" "$out/kill/train/straight"
 "$python" figures.py "$out"

@@ -32,13 +32,15 @@ def main() -> None:
     parser.add_argument("--record", type=Path, default=None, help="JSON to write (default: OUT/bbbc013.json)")
     a = parser.parse_args()
     store = prepared(a.data.resolve() / "bbbc013", a.out)
-    rows, coverage = [], []
+    rows, coverage, stains = [], [], []
     for seed in a.seeds:
         report = one(store, a.out / f"seed_{seed}", seed, cnn=a.cnn)
         rows += [{"seed": seed, **row} for row in read(report)]
         coverage += [{"seed": seed, **row} for row in metrics(report)["coverage"].to_dict("records")]
-    record(a.record or a.out / "bbbc013.json", {"rows": rows, "coverage": coverage})
+        stains += [{"seed": seed, **row} for row in metrics(report)["stains"].to_dict("records")]
+    record(a.record or a.out / "bbbc013.json", {"rows": rows, "coverage": coverage, "stains": stains})
     print("\nlow against high dose, rows B and F, AUROC\n\n" + markdown(rows))
+    print("\nr a cell and gain over the floors, rows B and F\n\n" + markdown(stains))
     print("\nwithin 90% intervals, rows B and F\n\n" + markdown(coverage))
 
 
