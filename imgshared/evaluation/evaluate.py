@@ -271,8 +271,8 @@ def _told_of(run: Run, looked: Study) -> Iterator[str]:
     if any(c != run.panel.chromatin_index for c in run.method.sources or ()):
         names = ", ".join(run.panel.markers[c] for c in run.method.sources or ())
         yield (
-            f"Predicted from {names}, which are not judged, and so is the linear floor. Classifiers of chromatin know "
-            f"{run.panel.chromatin} alone: what the others tell counts as the prediction's"
+            f"Stains, and the linear floor, are predicted from {names}, which are not judged. Classifiers of chromatin "
+            f"know {run.panel.chromatin} alone: what the others tell counts as the prediction's"
         )
     if len(set(looked.test.fidelity["group"])) == 1:
         yield f"One value of {config.group!r} is held out: no interval can be given, verdicts rest on it alone"

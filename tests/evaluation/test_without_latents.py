@@ -62,7 +62,7 @@ def test_a_stain_that_the_method_is_given_is_none_to_judge(
     assert found.metrics["cells_used"]["test"] == 6
     assert "Not judged of 16 held-out cells: 5 lack some of DNA, P1, 5 show no protein to judge" in found.notes
     html = (tmp_path / "out" / "report.html").read_text()
-    assert "Predicted from DNA, P1, which are not judged, and so is the linear floor" in html
+    assert "Stains, and the linear floor, are predicted from DNA, P1, which are not judged" in html
     assert "1 stain predicted from DNA and P1" in html.replace("of 1", "1")
     assert "suspect a leak first" not in html
     floor = found.fidelity.query("prediction == 'linear' and score == 'pearson'")["value"].item()
