@@ -12,6 +12,7 @@ import zarr
 
 from imgshared.config import SlideConfig
 from imgshared.data.ngff import open_ngff
+from imgshared.slides import cells as cells_module
 from imgshared.slides import predict as module
 from imgshared.slides import predict_slide
 from imgshared.slides import tiff as tiff_module
@@ -158,7 +159,7 @@ def test_a_full_disk_keeps_what_is_done(run, pixels, write_tiff, tmp_path, monke
         "tile": (PyramidWriter, "write", full),
         "pyramid": (PyramidWriter, "_coarser", lambda *at: (coarser(*at), full())),
         "tiff": (tiff_module, "_tiles", some_tiles),
-        "cells": (anndata.AnnData, "write_zarr", full),
+        "cells": (cells_module, "write_anndata", full),
     }[where]
     with monkeypatch.context() as m:
         m.setattr(*half)
