@@ -268,11 +268,10 @@ def _told_of(run: Run, looked: Study) -> Iterator[str]:
     if run.experiment.unstained:
         hidden = ", ".join(run.experiment.unstained)
         yield f"The model learnt as if groups lacked {hidden}; the floors and classifiers did not"
-    if any(c != run.panel.chromatin_index for c in run.method.sources or ()):
-        names = ", ".join(run.panel.markers[c] for c in run.method.sources or ())
+    if run.sources != (run.panel.chromatin,):
         yield (
-            f"Stains, and the linear floor, are predicted from {names}, which are not judged. Classifiers of chromatin "
-            f"know {run.panel.chromatin} alone: what the others tell counts as the prediction's"
+            f"Stains, and the linear floor, are predicted from {', '.join(run.sources)}, which are not judged. "
+            f"Classifiers of chromatin know {run.panel.chromatin} alone: what the others tell counts as the prediction's"
         )
     if len(set(looked.test.fidelity["group"])) == 1:
         yield f"One value of {config.group!r} is held out: no interval can be given, verdicts rest on it alone"
