@@ -271,7 +271,8 @@ def _told_of(run: Run, looked: Study) -> Iterator[str]:
     if run.sources != (run.panel.chromatin,):
         yield (
             f"Stains, and the linear floor, are predicted from {', '.join(run.sources)}, which are not judged. "
-            f"Classifiers of chromatin know {run.panel.chromatin} alone: what the others tell counts as the prediction's"
+            f"Classifiers of chromatin know {run.panel.chromatin} alone: what the others tell counts as the "
+            "prediction's"
         )
     if len(set(looked.test.fidelity["group"])) == 1:
         yield f"One value of {config.group!r} is held out: no interval can be given, verdicts rest on it alone"
