@@ -49,7 +49,7 @@ UNPAIRED = {"translator_unpaired": 10, "cut": 4, "cyclegan": 3}  # epochs that t
 MEAN = ("method.weights.adversarial=0", "method.weights.sharp=0")
 IMC = {
     # Every stain is drawn in every step, as regression does; with 4 of the 12, its error was still falling at the end.
-    "translator": (*MEAN, "method.epochs=6", "method.hidden_proteins=12", "train.validate_every=1"),
+    "translator": (*MEAN, "method.epochs=8", "method.hidden_proteins=12", "train.validate_every=1"),
     "regression": ("method.epochs=8", "augment.flips=true", "train.batch_size=16"),
     "linear": (),
 }
