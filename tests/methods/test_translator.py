@@ -1,11 +1,8 @@
-"""The translator's terms against their formulas, written out cell by cell, and what each computes and moves."""
+"""The translator's terms against their formulas, written out cell by cell."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -13,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imgshared import losses
-from imgshared.config import TranslatorConfig, TranslatorWeights
-from imgshared.data.panel import Panel
 from imgshared.methods import translator
 from imgshared.methods.translator import Translator
 from imgshared.models.pyramid import pool_to_middle
@@ -22,50 +17,8 @@ from imgshared.models.translation import less_wide
 from imgshared.types import Batch
 
 DNA, SIDE = 1, 16
-OFF = TranslatorWeights(**{f.name: 0.0 for f in fields(TranslatorWeights)})
-SMALL = TranslatorConfig(
-    channels=(4, 6),
-    shared_fraction=0.5,
-    marker_dim=3,
-    visible_proteins=None,
-    hidden_proteins=None,
-    chromatin_only=1.0,
-    hide=0.0,
-    discriminator_channels=(4, 5),
-    discriminator_sees_source=False,
-)
+Make = Callable[..., tuple[Translator, Batch]]
 ALL_VISIBLE = {"chromatin_only": 0.0}
-
-
-def three_stains() -> Tensor:
-    """DNA in all of 20 cells, P0 in 12 of them, P2 in 5 of the others."""
-    measured = torch.zeros(20, 3, dtype=torch.bool)
-    measured[:, DNA] = measured[:12, 0] = measured[14:19, 2] = True
-    return measured
-
-
-def two_stains() -> Tensor:
-    """P0 and DNA in 4 cells, DNA alone in 3, P0 alone in 2: what a cell does not show is one stain."""
-    measured = torch.ones(9, 2, dtype=torch.bool)
-    measured[4:7, 0] = measured[7:, DNA] = False
-    return measured
-
-
-def make(measured: Tensor, weights: dict[str, float], **settings: object) -> tuple[Translator, Batch]:
-    torch.manual_seed(0)
-    config = replace(SMALL, weights=replace(OFF, **weights), **settings)  # type: ignore[arg-type]
-    markers = ("P0", "DNA", "P2")[: measured.shape[1]]
-    method = Translator(config, panel=Panel(markers, "DNA"), crop_px=SIDE)
-    with torch.no_grad():
-        for parameter in method.parameters():  # those that start at zero too
-            parameter.normal_(0, 0.8 / max(parameter[0].numel(), 4) ** 0.5)
-    images = torch.rand(*measured.shape, SIDE, SIDE)
-    images[~measured] = torch.nan  # nothing may ever read them
-    method.prepare(measured, seed=0)
-    method.start(method.stages[0])
-    method.turn("generator")
-    method.eval()  # batch statistics would tie a cell's formula to the others
-    return method, Batch(torch.arange(len(measured)), images, measured)
 
 
 # --- the formulas, one stain of one cell at a time ------------------------------------------------------------------
@@ -180,28 +133,33 @@ def kl(m: Translator, b: Batch) -> float:
     ],
 )
 def test_a_term_is_its_formula(
-    name: str, settings: dict[str, str], formula: Callable[[Translator, Batch], float], seen: dict[str, float]
+    name: str,
+    settings: dict[str, str],
+    formula: Callable[[Translator, Batch], float],
+    seen: dict[str, float],
+    make: Make,
+    three_stains: Tensor,
 ) -> None:
-    method, batch = make(three_stains(), {name: 0.7}, **settings, **seen)
+    method, batch = make(three_stains, {name: 0.7}, **settings, **seen)
     terms = method.loss(batch, "generator")
     assert set(terms.parts) == {name}
     assert terms.total.item() == pytest.approx(0.7 * formula(method, batch), rel=1e-4)
     assert terms.parts[name].item() == terms.total.item()
 
 
-def test_cross_is_the_error_of_what_was_hidden() -> None:
-    method, batch = make(three_stains(), {"cross": 0.7})
+def test_cross_is_the_error_of_what_was_hidden(make: Make, three_stains: Tensor) -> None:
+    method, batch = make(three_stains, {"cross": 0.7})
     want = 0.7 * predicted(method, batch, stains(method, batch, hidden=True))
     assert method.loss(batch, "generator").total.item() == pytest.approx(want, rel=1e-4)
-    method, batch = make(three_stains(), {"cross": 0.7}, **ALL_VISIBLE)
+    method, batch = make(three_stains, {"cross": 0.7}, **ALL_VISIBLE)
     total = method.loss(batch, "generator").total  # nothing is hidden
     assert total.item() == 0
     total.backward()
 
 
 @pytest.mark.parametrize("head", ["laplace", "gaussian"])
-def test_a_head_with_a_scale_minimises_the_likelihood(head: str) -> None:
-    method, batch = make(three_stains(), {"cross": 1.0}, head=head)
+def test_a_head_with_a_scale_minimises_the_likelihood(head: str, make: Make, three_stains: Tensor) -> None:
+    method, batch = make(three_stains, {"cross": 1.0}, head=head)
     each = []
     for i, c in stains(method, batch, hidden=True):
         trunk = method.network.shared_path(fused(method, batch, i, [DNA]))
@@ -234,11 +192,11 @@ def judged(method: Translator, batch: Batch, i: int, c: int, image: Tensor) -> T
 @pytest.mark.parametrize("sees_source", [False, True])
 @pytest.mark.parametrize("kind", ["lsgan", "hinge", "bce"])
 def test_both_players_are_scored_on_the_same_translations(
-    kind: str, sees_source: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, sees_source: bool, monkeypatch: pytest.MonkeyPatch, make: Make, two_stains: Tensor
 ) -> None:
     monkeypatch.setattr(translator, "rows_showing", lambda measured, c: measured[:, c].int().argmax(0))  # the first one
     method, batch = make(
-        two_stains(), {"adversarial": 0.3, "r1": 2.0}, adversarial=kind, discriminator_sees_source=sees_source
+        two_stains, {"adversarial": 0.3, "r1": 2.0}, adversarial=kind, discriminator_sees_source=sees_source
     )
     expected = {i: f for i, f in fakes(method, batch).items() if f[0] == DNA or not sees_source}
     assert len(expected) == (7 if sees_source else 9)
@@ -269,8 +227,8 @@ def test_both_players_are_scored_on_the_same_translations(
     assert terms.parts["accuracy"].item() == pytest.approx(right.item())
 
 
-def test_cycle_is_the_source_drawn_from_its_translation() -> None:
-    method, batch = make(two_stains(), {"cycle": 0.7})
+def test_cycle_is_the_source_drawn_from_its_translation(make: Make, two_stains: Tensor) -> None:
+    method, batch = make(two_stains, {"cycle": 0.7})
     each = []
     for i, (source, target, image) in fakes(method, batch).items():
         again = method.network.encode(image, torch.tensor([target]))
@@ -279,8 +237,8 @@ def test_cycle_is_the_source_drawn_from_its_translation() -> None:
 
 
 @pytest.mark.parametrize("negatives", ["image", "batch"])
-def test_patch_nce_finds_each_patch_in_the_source(negatives: str) -> None:
-    method, batch = make(two_stains(), {"patch_nce": 0.7}, negatives=negatives, temperature=0.2, patches=999)
+def test_patch_nce_finds_each_patch_in_the_source(negatives: str, make: Make, two_stains: Tensor) -> None:
+    method, batch = make(two_stains, {"patch_nce": 0.7}, negatives=negatives, temperature=0.2, patches=999)
     assert method.projection is not None
     found = fakes(method, batch)
     each = []
@@ -300,122 +258,10 @@ def test_patch_nce_finds_each_patch_in_the_source(negatives: str) -> None:
 # --- what is computed, and what moves -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("weights", "calls"),  # of encode (and how many stains), shared_path, own_detail, decode and the discriminator
-    [
-        (["cross"], (1, 20, 1, 0, 1, 0)),
-        (["full"], (1, 20, 1, 1, 1, 0)),
-        (["full", "shared", "cross", "norm"], (1, 20, 1, 1, 3, 0)),
-        (["agreement", "independence"], (1, 37, 1, 0, 0, 0)),
-        (["identity"], (1, 20, 2, 0, 1, 0)),
-        (["adversarial"], (1, 20, 1, 0, 1, 1)),
-        (["sharp", "adversarial"], (1, 20, 1, 0, 1, 1)),
-        (["patch_nce"], (2, 40, 1, 0, 1, 0)),
-        (["cycle"], (2, 40, 2, 0, 2, 0)),
-        (["adversarial", "patch_nce", "cycle"], (2, 40, 2, 0, 2, 1)),
-    ],
-)
-def test_a_term_without_weight_is_not_computed(
-    weights: list[str], calls: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+def test_the_sharp_output_is_the_mean_and_texture_and_is_scored_where_it_is_known(
+    make: Make, three_stains: Tensor
 ) -> None:
-    method, batch = make(three_stains(), dict.fromkeys(weights, 1.0))
-    seen: Counter[str] = Counter()
-
-    def count(name: str) -> None:
-        call = getattr(method.network, name)
-
-        def counted(*args: Tensor) -> object:
-            seen.update({name: 1, f"{name} of": len(args[0])})
-            return call(*args)
-
-        monkeypatch.setattr(method.network, name, counted)
-
-    for name in ("encode", "decode", "own_detail"):
-        count(name)
-    method.network.shared_path.register_forward_hook(lambda *_: seen.update(["shared_path"]))
-    assert (method.discriminator is None) == ("adversarial" not in weights)
-    assert (method.projection is None) == ("patch_nce" not in weights)
-    if method.discriminator:
-        method.discriminator.register_forward_hook(lambda *_: seen.update(["judge"]))
-    assert set(method.loss(batch, "generator").parts) == set(weights)
-    assert tuple(seen[n] for n in ("encode", "encode of", "shared_path", "own_detail", "decode", "judge")) == calls
-
-
-def test_a_term_is_the_same_whatever_else_is_on() -> None:
-    everything = dict.fromkeys(
-        ("full", "shared", "cross", "norm", "identity", "adversarial", "patch_nce", "cycle"), 1.0
-    )
-    whole, batch = make(three_stains(), everything)
-    torch.manual_seed(1)
-    parts = whole.loss(batch, "generator").parts
-    for name in everything:
-        alone, _ = make(three_stains(), {name: 1.0})
-        alone.load_state_dict({k: v for k, v in whole.state_dict().items() if k in alone.state_dict()})
-        torch.manual_seed(1)
-        assert alone.loss(batch, "generator").parts[name].item() == pytest.approx(parts[name].item(), rel=1e-5), name
-
-
-READ = {"encoders"}
-DRAWN = READ | {"marker", "shared_path", "absent", "head"}
-
-
-@pytest.mark.parametrize(
-    ("name", "moved"),
-    [
-        ("full", READ | {"marker", "shared_path", "specific_path", "own", "head"}),  # not the code of an absent stain
-        ("shared", DRAWN),
-        ("cross", DRAWN),
-        ("identity", DRAWN),
-        ("agreement", READ | {"marker"}),  # proteins are read, by an encoder that is told which
-        ("independence", READ | {"marker"}),
-        ("norm", READ),
-        ("kl", READ | {"log_std"}),
-        ("cycle", DRAWN),
-        ("adversarial", DRAWN),
-        ("sharp", {"texture"}),  # the mean stays what it is
-        ("patch_nce", DRAWN | {"projection"}),
-    ],
-)
-def test_a_gradient_reaches_what_it_should_and_nothing_else(name: str, moved: set[str]) -> None:
-    fusion = {"fusion": "product"} if name == "kl" else {}
-    method, batch = make(
-        three_stains(), {name: 1.0, "adversarial": 0.5} if name != "patch_nce" else {name: 1.0}, **fusion
-    )
-    parts: dict[str, Tensor] = {}
-    method.weights = replace(
-        method.weights, adversarial=0.5 * (name in ("adversarial", "sharp"))
-    )  # the discriminator is there
-    method.loss(batch, "generator").total.backward()
-    for full_name, p in method.named_parameters():
-        top = full_name.split(".")[0] if not full_name.startswith("network.") else full_name.split(".")[1]
-        if p.grad is not None and p.grad.any():
-            parts[top] = p.grad
-    assert set(parts) == moved
-    if name == "independence":  # both halves of every level
-        blocks = [block for encoder in method.network.encoders for block in encoder.blocks]
-        assert all(block.last.bias.grad.all() for block in blocks)
-
-
-@pytest.mark.parametrize(
-    ("term", "moved"),
-    [
-        ("adversarial", {"texture"}),  # whatever the discriminator says, the mean and the latents stay what they are
-        ("patch_nce", {"texture"} | READ),
-        ("cycle", {"texture"} | READ | {"marker", "shared_path", "head", "absent"}),  # which draws the source back
-    ],
-)
-def test_beside_a_sharp_output_a_translation_term_moves_the_texture_and_what_reads_it(
-    term: str, moved: set[str]
-) -> None:
-    method, batch = make(two_stains(), {"sharp": 1.0, "adversarial": 1.0, term: 1.0})
-    method.weights = replace(OFF, sharp=1e-30, **{term: 1.0})
-    method.loss(batch, "generator").total.backward()
-    net = method.network
-    assert {name.split(".")[0] for name, p in net.named_parameters() if p.grad is not None and p.grad.any()} == moved
-
-
-def test_the_sharp_output_is_the_mean_and_texture_and_is_scored_where_it_is_known() -> None:
-    method, batch = make(three_stains(), {"cross": 1.0, "sharp": 0.7, "adversarial": 1.0})
+    method, batch = make(three_stains, {"cross": 1.0, "sharp": 0.7, "adversarial": 1.0})
     torch.manual_seed(3)
     parts = method.loss(batch, "generator").parts
     kept = method._kept
@@ -438,25 +284,9 @@ def test_the_sharp_output_is_the_mean_and_texture_and_is_scored_where_it_is_know
 
 
 @pytest.mark.parametrize("kind", ["infonce", "triplet"])
-def test_a_cell_that_a_batch_holds_twice_is_not_its_own_stranger(kind: str) -> None:
-    method, batch = make(three_stains(), {"agreement": 1.0}, agreement=kind)
+def test_a_cell_that_a_batch_holds_twice_is_not_its_own_stranger(kind: str, make: Make, three_stains: Tensor) -> None:
+    method, batch = make(three_stains, {"agreement": 1.0}, agreement=kind)
     rows = torch.tensor([*range(20), 0, 1, 2, 2])
     twice = Batch(batch.index[rows], batch.images[rows], batch.measured[rows])
     once = method.loss(batch, "generator").parts["agreement"]
     torch.testing.assert_close(method.loss(twice, "generator").parts["agreement"], once, rtol=1e-5, atol=1e-6)
-
-
-def test_a_turn_moves_one_player() -> None:
-    weights = {"full": 1.0, "adversarial": 1.0, "r1": 1.0, "patch_nce": 1.0}
-    method, batch = make(three_stains(), weights, chromatin_only=0.0)
-    stage = method.stages[0]
-    assert list(stage.groups) == ["generator", "discriminator"]
-    everything = {id(p) for groups in stage.groups.values() for g in groups for p in g.parameters}
-    assert everything == {id(p) for p in method.parameters()}
-    for player, mine in (("generator", ("network", "projection")), ("discriminator", ("discriminator",))):
-        method.zero_grad()
-        method.turn(player)
-        method.loss(batch, player).total.backward()
-        for name, p in method.named_parameters():
-            assert (p.grad is not None) == (name.split(".")[0] in mine), name
-    assert math.isfinite(sum(float(p.grad.sum()) for p in method.parameters() if p.grad is not None))

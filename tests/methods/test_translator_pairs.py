@@ -2,57 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from imgshared.config import TranslatorConfig, TranslatorWeights
-from imgshared.data.panel import Panel
 from imgshared.methods.translator import Translator
 from imgshared.types import Batch, InputError
 
 DNA = 1
-UNPAIRED = torch.zeros(16, 2, dtype=torch.bool)
-UNPAIRED[:8, DNA] = UNPAIRED[8:, 0] = True
-OFF = TranslatorWeights(**{f.name: 0.0 for f in fields(TranslatorWeights)})
-SMALL = TranslatorConfig(channels=(4, 6), shared_fraction=0.5, marker_dim=3, discriminator_channels=(4, 5))
-
-
-def weighing(**weights: float) -> dict[str, TranslatorWeights]:
-    return {"weights": replace(OFF, **weights)}
-
-
-def make(settings: dict[str, Any] | None = None, *, measured: Tensor | None = None) -> tuple[Translator, Batch]:
-    torch.manual_seed(0)
-    if measured is None:
-        measured = torch.rand(10, 3) < 0.6
-        measured[:, DNA] = True
-    panel = Panel(("P0", "DNA", "P2")[: measured.shape[1]], "DNA")
-    method = Translator(replace(SMALL, **settings or {}), panel=panel, crop_px=16)
-    images = torch.rand(*measured.shape, 16, 16)
-    images[~measured] = torch.nan  # nothing may ever read them
-    method.prepare(measured, seed=0)
-    method.start(method.stages[0])
-    method.turn("generator")
-    return method, Batch(torch.arange(len(measured)), images, measured)
+Make = Callable[..., tuple[Translator, Batch]]
 
 
 @pytest.mark.parametrize("term", ["cross", "agreement", "sharp"])
-def test_terms_of_pairs_are_refused_without_pairs(term: str) -> None:
+def test_terms_of_pairs_are_refused_without_pairs(term: str, make_translator: Make, never_together: Tensor) -> None:
     with pytest.raises(InputError) as refused:
-        make(weighing(**{term: 0.1}), measured=UNPAIRED)
+        make_translator({"weights": {term: 0.1}}, measured=never_together)
     assert f"method.weights.{term} needs cells with two stains" in str(refused.value)
     assert "configs/translator_unpaired.yaml" in str(refused.value)
     with pytest.raises(InputError, match="discriminator_sees_source needs cells that show chromatin and another"):
-        make({**weighing(adversarial=1.0), "discriminator_sees_source": True}, measured=UNPAIRED)
+        make_translator({"weights": {"adversarial": 1.0}, "discriminator_sees_source": True}, measured=never_together)
 
 
-def test_a_stain_that_nothing_joins_with_chromatin_is_named() -> None:
+def test_a_stain_that_nothing_joins_with_chromatin_is_named(make_translator: Make) -> None:
     both, alone = [[True, True, False]] * 3, [[False, False, True]] * 2
-    method, _ = make(weighing(cross=1.0))
+    method, _ = make_translator({"weights": {"cross": 1.0}})
     markers = method.panel.markers
     (said,) = method.doubts(torch.tensor(both + alone), markers)
     assert said.startswith("P2: no training cell shows it beside DNA or a stain that others show beside DNA")
@@ -60,30 +37,30 @@ def test_a_stain_that_nothing_joins_with_chromatin_is_named() -> None:
     assert method.doubts(torch.tensor(both), markers) == []
     assert method.doubts(torch.tensor([*both, *alone, [True, False, True]]), markers) == []
     assert method.doubts(torch.tensor([*both, *alone, [False, True, True]]), markers) == []  # by way of P0
-    translating = {**weighing(cross=1.0, patch_nce=1.0, adversarial=1.0), "discriminator_sees_source": False}
-    assert make(translating)[0].doubts(torch.tensor(both + alone), markers) == []
-    blind = make({**translating, "discriminator_sees_source": True})[0]  # it would never judge P2
+    translating = {"weights": {"cross": 1.0, "patch_nce": 1.0, "adversarial": 1.0}, "discriminator_sees_source": False}
+    assert make_translator(translating)[0].doubts(torch.tensor(both + alone), markers) == []
+    blind = make_translator({**translating, "discriminator_sees_source": True})[0]  # it would never judge P2
     assert blind.doubts(torch.tensor(both + alone), markers) == [said]
 
 
-def test_what_is_paired_shows_chromatin_and_another_stain() -> None:
+def test_what_is_paired_shows_chromatin_and_another_stain(make_translator: Make) -> None:
     apart = torch.tensor([[True, False, True]] * 5 + [[False, True, False]] * 5)  # proteins together, DNA alone
-    method, batch = make(weighing(cross=1.0, agreement=1.0), measured=apart)
+    method, batch = make_translator({"weights": {"cross": 1.0, "agreement": 1.0}}, measured=apart)
     assert not method.paired
     assert not method.stages[0].monitored
     terms = method.validate(batch)
     assert (set(terms.parts), terms.count) == ({"full"}, 15)
     with pytest.raises(InputError, match="discriminator_sees_source needs cells that show chromatin and another"):
-        make({**weighing(adversarial=1.0), "discriminator_sees_source": True}, measured=apart)
+        make_translator({"weights": {"adversarial": 1.0}, "discriminator_sees_source": True}, measured=apart)
 
 
-def test_the_held_out_error_chooses_only_without_a_discriminator() -> None:
-    assert make()[0].stages[0].monitored
-    assert not make(weighing(cross=1.0, adversarial=0.1))[0].stages[0].monitored  # blur would win
+def test_the_held_out_error_chooses_only_without_a_discriminator(make_translator: Make) -> None:
+    assert make_translator()[0].stages[0].monitored
+    assert not make_translator({"weights": {"cross": 1.0, "adversarial": 0.1}})[0].stages[0].monitored  # blur would win
 
 
-def test_validation_asks_for_every_stain_from_chromatin() -> None:
-    method, batch = make({"error": "l1"})
+def test_validation_asks_for_every_stain_from_chromatin(make_translator: Make) -> None:
+    method, batch = make_translator({"error": "l1"})
     method.eval()
     only = torch.zeros_like(batch.measured)
     only[:, DNA] = True
@@ -98,8 +75,12 @@ def test_validation_asks_for_every_stain_from_chromatin() -> None:
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_a_held_out_batch_that_cannot_be_judged_does_not_count(paired: bool) -> None:
-    method, batch = make({} if paired else weighing(full=1.0), measured=None if paired else UNPAIRED)
+def test_a_held_out_batch_that_cannot_be_judged_does_not_count(
+    paired: bool, make_translator: Make, never_together: Tensor
+) -> None:
+    method, batch = make_translator(
+        {} if paired else {"weights": {"full": 1.0}}, measured=None if paired else never_together
+    )
     keep = torch.arange(batch.measured.shape[1]) == DNA if paired else torch.zeros(2, dtype=torch.bool)
     terms = method.validate(replace(batch, measured=batch.measured & keep))
     assert (terms.total, terms.parts, terms.count) == (0, {}, 0)
@@ -108,12 +89,12 @@ def test_a_held_out_batch_that_cannot_be_judged_does_not_count(paired: bool) -> 
 @pytest.mark.parametrize(
     "settings",
     [
-        {**weighing(patch_nce=1.0, adversarial=1.0, cycle=1.0), "translation_from": 0.5},
-        {**weighing(adversarial=1.0), "discriminator_sees_source": True},  # and no cell shows chromatin
+        {"weights": {"patch_nce": 1.0, "adversarial": 1.0, "cycle": 1.0}, "translation_from": 0.5},
+        {"weights": {"adversarial": 1.0}, "discriminator_sees_source": True},  # and no cell shows chromatin
     ],
 )
-def test_a_step_without_any_term_moves_nothing(settings: dict[str, Any]) -> None:
-    method, batch = make(settings)
+def test_a_step_without_any_term_moves_nothing(settings: dict[str, Any], make_translator: Make) -> None:
+    method, batch = make_translator(settings)
     without = torch.arange(3) != DNA
     for keep in (without, torch.zeros(3, dtype=torch.bool)):
         stands_still(method, replace(batch, measured=batch.measured & keep))
@@ -130,12 +111,16 @@ def stands_still(method: Translator, batch: Batch) -> None:
         assert all(not p.grad.any() for p in method.parameters() if p.requires_grad and p.grad is not None)
 
 
-def test_a_share_of_the_stains_is_drawn_again_and_so_many_cells_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_of_the_stains_is_drawn_again_and_so_many_cells_are_translated(
+    monkeypatch: pytest.MonkeyPatch, make_translator: Make
+) -> None:
     everything = torch.ones(8, 3, dtype=torch.bool)
     drawn: list[int] = []
     for share in (1.0, 0.5, 0.25):
-        config = {**weighing(full=1.0, shared=1.0, adversarial=1.0), "chromatin_only": 1.0}
-        method, batch = make({**config, "rebuilt": share, "translated": round(8 * share)}, measured=everything)
+        config = {"weights": {"full": 1.0, "shared": 1.0, "adversarial": 1.0}, "chromatin_only": 1.0}
+        method, batch = make_translator(
+            {**config, "rebuilt": share, "translated": round(8 * share)}, measured=everything
+        )
         decode = method.network.decode
 
         def spy(trunk: Tensor, *rest: Any, decode: Any = decode) -> Any:
