@@ -171,6 +171,18 @@ def test_what_is_unstained_must_exist(toy: CellStore, setting: str, message: str
         build_measured(load(Experiment, None, ["data=x", f"unstained={setting}"]), toy, toy.panel)
 
 
+def test_the_normaliser_is_the_one_asked_for(toy: CellStore) -> None:
+    wish = {"transform": "arcsinh", "cofactor": 2.0, "low": 5.0, "high": 90.0}
+    experiment = load(Experiment, None, ["data=x", *(f"normalise.{k}={v}" for k, v in wish.items())])
+    split, measured = build_split(experiment, toy), build_measured(experiment, toy, toy.panel)
+    rows = (split.assign(toy.obs) == "train").nonzero()[0]
+    images = toy.images(rows)[:, 0].astype(np.float64)
+    ours = build_normaliser(experiment, toy, toy.panel, split, measured)
+    assert (ours.transform, ours.cofactor) == ("arcsinh", 2.0)
+    want = np.percentile(np.arcsinh(images / 2), [5, 90])
+    assert (ours.low[0], ours.high[0]) == pytest.approx(want, rel=0.02)
+
+
 def test_the_normaliser_does_not_look_at_what_is_unstained(toy: CellStore) -> None:
     experiment = load(Experiment, None, ["data=x", "split.val=[g3]", "split.test=[g4]", "unstained={P1: [g0]}"])
     split, measured = build_split(experiment, toy), build_measured(experiment, toy, toy.panel)

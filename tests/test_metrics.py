@@ -36,6 +36,14 @@ def test_ssim_is_one_for_itself_and_sees_brightness():
     assert (metrics.ssim(image, image * 0.2) < 0.6).all()
 
 
+def test_ssim_of_one_window_is_its_closed_form_whatever_the_range_of_the_image():
+    a, b = 0.2 * rng.random((2, 1, 7, 7))
+    (var_a, cov), (_, var_b) = np.cov(a.ravel(), b.ravel())
+    c1, c2 = 0.01**2, 0.03**2
+    light = (2 * a.mean() * b.mean() + c1) / (a.mean() ** 2 + b.mean() ** 2 + c1)
+    assert metrics.ssim(a, b)[0] == pytest.approx(light * (2 * cov + c2) / (var_a + var_b + c2))
+
+
 def test_spectral_ratio_closed_forms():
     image = gaussian_filter(rng.random((4, 32, 24)), (0, 1, 1))
     np.testing.assert_allclose(metrics.spectral_ratio(image, image), 1)

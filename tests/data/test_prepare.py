@@ -214,11 +214,13 @@ def test_folders_of_channels(tmp_path):
     assert run(write_manifest(tmp_path, "image,mask\nA01,k.tif\n"), pattern="{channel}.tif").cells == 3
 
 
-def test_a_table_of_cells_is_joined(manifest):
+@pytest.mark.parametrize("columns", [("roi", "label"), ("section", "nr")])
+def test_a_table_of_cells_is_joined(manifest, columns):
     rows = [("a", 1, "T", 0.5), ("a", 5, "B", 1.5), ("b.ome.tif", 2, "T", 2.5), ("z", 1, "T", 0)]
     table = manifest.parent / "cells.csv"
-    pd.DataFrame(rows, columns=["roi", "label", "type", "score"]).to_csv(table, index=False)
-    summary = run(manifest, cells=table)
+    pd.DataFrame(rows, columns=[*columns, "type", "score"]).to_csv(table, index=False)
+    named = dict(zip(("cells_image_column", "cells_label_column"), columns, strict=True)) if columns[1] == "nr" else {}
+    summary = run(manifest, cells=table, **named)
     obs = store_of(manifest).obs
     assert obs.loc[["a:1", "a:5", "b:2"], "type"].tolist() == ["T", "B", "T"]
     assert obs.loc["b:2", "score"] == 2.5

@@ -53,6 +53,12 @@ def test_size_limits():
     assert labels[110, 110] == 1
 
 
+def test_a_lower_threshold_finds_a_dimmer_nucleus():
+    image = np.maximum(discs([(40, 40)]), discs([(110, 110)], level=40.0))
+    scales = [segment_nuclei(image, SegmentSettings(**{**vars(SMALL), "threshold_scale": s})).max() for s in (1.0, 0.3)]
+    assert scales == [1, 2]
+
+
 def test_empty_image_has_no_nuclei():
     assert segment_nuclei(np.full((64, 64), 5, np.uint8), SMALL).max() == 0
 

@@ -40,5 +40,5 @@ def test_a_reader_reads_what_is_planted(classes):
 def test_features_of_one_distribution_are_no_distance_apart():
     features, _ = drawn(1200, 2)
     standard = Standard.of(features)
-    assert abs(feature_distance(features[:600], features[600:], standard)) < 0.02
+    assert abs(feature_distance(features[:600], features[600:], standard)) < 0.06
     assert feature_distance(features[:600], features[600:] + np.array([5, 0, 0]), standard) > 0.2

@@ -173,11 +173,12 @@ def test_labels_are_not_needed(world, run, store, tmp_path):
 def test_a_constant_picture_tells_nothing_and_a_harness_in_which_it_does_is_stamped(world, run, tmp_path, monkeypatch):
     cells = copy.copy(world)
     cells.obs = world.obs.assign(big=np.where(world.obs["size"] > world.obs["size"].median(), "big", "small"))
-    store, config = cells.store(tmp_path / "cells.zarr"), EvaluateConfig(labels=("big",))
+    store, config = cells.store(tmp_path / "cells.zarr"), EvaluateConfig(labels=("big",), margin=0.4)
     sound = evaluate(run, store, tmp_path / "sound", config, predict=world.predict)
     control = sound.controls.set_index("control").loc["marker mean"]
     assert (control["value"], control["sound"], sound.unsound) == (0.5, True, [])
     assert "Unsound" not in sound.report.read_text()
+    assert sound.labels["words"].str.contains("within 0.4 ").any()
 
     monkeypatch.setattr(collect, "where", lambda masks, radius: frame(masks))  # features about each cell's own outline
     leaking = evaluate(run, store, tmp_path / "leaking", config, predict=world.predict)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributions import Normal, kl_divergence
 
 from imgshared.build import build_method
 from imgshared.config import ApolloConfig, Experiment, load
@@ -35,8 +37,11 @@ def make(config: ApolloConfig = SMALL, cells: int = 10) -> tuple[Apollo, Batch]:
     return method, Batch(torch.arange(cells), images, measured)
 
 
-def test_stage_1_minimises_the_papers_sum() -> None:
-    method, batch = make(replace(SMALL, latent_noise=0.0, norm_weight=0.5))
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_stage_1_minimises_the_papers_sum(noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, batch = make(replace(SMALL, latent_noise=noise, norm_weight=0.5))
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 0.3))
+    e = 0.3 * noise  # in every latent that is decoded, in none whose norm is taken
     method.start(method.stages[0])
     loss = method.loss(batch, "generator").total
     z_s = method.tables["shared"].values
@@ -48,8 +53,8 @@ def test_stage_1_minimises_the_papers_sum() -> None:
         i, c = (torch.tensor(v) for v in zip(*pairs, strict=True))
         x, zs, zm = batch.images[i, c, None], z_s[i], method.tables["specific"].values[slot[i, c]]
         condition = [method.marker.weight[c]] if name == "protein" else []
-        full = method.decoders[name](torch.cat([zs, zm, *condition], 1))
-        shared = method.shared_decoders[name](torch.cat([zs, *condition], 1))
+        full = method.decoders[name](torch.cat([zs + e, zm + e, *condition], 1))
+        shared = method.shared_decoders[name](torch.cat([zs + e, *condition], 1))
         for logits in (full, shared):
             p = torch.sigmoid(logits)
             want = want - (x * p.log() + (1 - x) * (1 - p).log()).mean()
@@ -87,6 +92,13 @@ def test_each_stage_moves_its_own_networks_alone(stage: int, moving: tuple[str, 
             assert torch.equal(value, before[name]), name  # batch statistics included
     assert any(not torch.equal(v, before[k]) for k, v in method.state_dict().items() if k.split(".")[0] in moving)
     assert torch.equal(latents, method.tables["shared"].values) == (stage == 1)
+
+
+def test_free_latents_begin_as_wide_as_asked() -> None:
+    method, _ = make(replace(SMALL, latent_init_std=0.5), cells=400)
+    for table in method.tables.values():
+        assert table.values.std().item() == pytest.approx(0.5, rel=0.1)
+        assert abs(table.values.mean().item()) < 0.05
 
 
 def test_cells_outside_the_batch_keep_latents_and_moments() -> None:
@@ -218,6 +230,36 @@ def test_cells_of_which_none_shows_chromatin_and_another_stain_are_refused(one_s
     method, batch = make(replace(SMALL, one_step=one_step))
     with pytest.raises(InputError, match=r"apollo learns .* no training cell does: .*translator_unpaired\.yaml"):
         method.prepare(batch.measured & (torch.arange(4) != 1), seed=0)
+
+
+@pytest.mark.parametrize("likelihood", ["bce", "mse"])
+def test_one_step_is_an_autoencoder_a_stain_whose_shared_means_agree(
+    likelihood: Literal["bce", "mse"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, batch = make(replace(SMALL, one_step=True, match_weight=0.4, kl_weight=0.7, likelihood=likelihood))
+    method.start(method.stages[0])
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 0.3))
+    parts = method.loss(batch, "generator").parts
+    want = dict.fromkeys(parts, 0.0)
+    means: list[tuple[int, torch.Tensor]] = []
+    for name, channels in (("chromatin", [1]), ("protein", [0, 2, 3])):
+        pairs = [(i, c) for i in range(10) for c in range(4) if c in channels and batch.measured[i, c]]
+        i, c = (torch.tensor(v) for v in zip(*pairs, strict=True))
+        x, condition = batch.images[i, c, None], [method.marker.weight[c]] if name == "protein" else []
+        (mean_s, log_s), (mean_m, log_m) = (o.chunk(2, 1) for o in method.encoders[name](x, *condition))
+        z_s, z_m = mean_s + 0.3 * log_s.exp(), mean_m + 0.3 * log_m.exp()
+        full = method.decoders[name](torch.cat([z_s, z_m], 1), *condition)
+        shared = method.shared_decoders[name](z_s, *condition)
+        for kind, logits in (("full", full), ("shared", shared)):
+            p = torch.sigmoid(logits)
+            error = (p - x).square() if likelihood == "mse" else -(x * p.log() + (1 - x) * (1 - p).log())
+            want[f"{name}/{kind}"] = error.mean().item()
+        own = Normal(torch.cat([mean_s, mean_m], 1), torch.cat([log_s, log_m], 1).exp())
+        want["kl"] += 0.7 * kl_divergence(own, Normal(0.0, 1.0)).mean().item()
+        means += zip(i.tolist(), mean_s, strict=True)
+    centres = {cell: torch.stack([m for k, m in means if k == cell]).mean(0) for cell in range(10)}
+    want["match"] = 0.4 * torch.stack([(m - centres[k]).square() for k, m in means]).mean().item()
+    assert {name: value.item() for name, value in parts.items()} == pytest.approx(want, rel=1e-4)
 
 
 def test_one_step_pulls_the_stains_of_a_cell_together() -> None:

@@ -142,7 +142,7 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_and_an_interrupted_process_go_on_exactly(how: signal.Signals, store: Path, tmp_path: Path) -> None:
     config = tmp_path / "tiny.yaml"
     # every step writes a checkpoint, so there are many seconds to be killed in
@@ -153,13 +153,19 @@ def test_a_killed_and_an_interrupted_process_go_on_exactly(how: signal.Signals, 
     wait_for(out / "checkpoints" / "last.safetensors", process)
     process.send_signal(how)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL), said
-    if how is signal.SIGINT:
+    assert process.returncode == (-signal.SIGKILL if how is signal.SIGKILL else 130), said
+    if how is not signal.SIGKILL:
         assert b"--resume" in said
     assert not (out / "checkpoints" / "best.safetensors").exists()  # it was stopped on the way
     run(e, out, resume=True)
     run(e, tmp_path / "straight")
     assert_equal_runs(out, tmp_path / "straight")
+
+
+def test_held_out_cells_are_looked_at_as_often_as_asked(store: Path, tmp_path: Path) -> None:
+    e = experiment(store, "method.latent_epochs=1", "method.encoder_epochs=4", "train.validate_every=2")
+    run(e, tmp_path / "run")
+    assert [r["epoch"] for r in read_metrics(tmp_path / "run") if r["split"] == "val"] == [1, 3]
 
 
 def test_two_ranks_share_the_cells(store: Path, tmp_path: Path, in_two_processes: Callable[..., str]) -> None:
@@ -173,7 +179,8 @@ def test_two_ranks_share_the_cells(store: Path, tmp_path: Path, in_two_processes
     assert steps.max() <= 2
     rows = read_metrics(out)
     assert [r["step"] for r in rows] == sorted(r["step"] for r in rows)  # one rank writes the log
-    assert rows[-1]["loss"] < rows[0]["loss"]
+    losses = [r["loss"] for r in rows if (r["stage"], r["split"]) == ("latents", "train")]
+    assert losses[-1] < losses[0]
 
 
 METHODS = {
