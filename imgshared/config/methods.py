@@ -62,8 +62,11 @@ class TranslatorWeights:
     r1: Weight = 0.0  # gradient penalty of the discriminator on real stains
     cycle: Weight = 0.0  # a translated stain, translated back, is the source
     identity: Weight = 0.0  # L1 of a stain translated to itself (CycleGAN)
+    patch_nce_identity: Weight = 0.0  # patch_nce of a stain translated to itself (CUT, with the weight of patch_nce)
     norm: Weight = 0.0  # size of the latents (apollo)
-    kl: Weight = 0.0  # beta: KL of the shared maps to a standard normal; fusion = product only
+    # beta: KL of a cell's fused shared maps to a standard normal, in nats a pixel as the likelihood of a head with a
+    # scale is; fusion = product only
+    kl: Weight = 0.0
 
 
 @dataclass(config=CLOSED, frozen=True)

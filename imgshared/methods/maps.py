@@ -89,7 +89,8 @@ class MapMethod(LatentMethod):
         _, fused, (cells, channels, maps) = self._fused(images, measured)
         b, c = measured.shape
         size = size_of(images)
-        shared, specific = self.network.pool(maps.shared, size), self.network.pool(maps.specific, size)
+        shared = self.network.pool(self._alone(maps, channels).shared, size)
+        specific = self.network.pool(maps.specific, size)
         each = shared.new_zeros(b, c, shared.shape[1])
         own = specific.new_zeros(b, c, specific.shape[1])
         each[cells, channels], own[cells, channels] = shared, specific
@@ -117,7 +118,7 @@ class MapMethod(LatentMethod):
         """Rebuild each measured stain from its own shared maps, and with `specific` its own detail."""
         out = torch.zeros_like(images, dtype=torch.float32)
         cells, channels, maps = self._encoded(images, measured)
-        alone = self.network.fuse(maps, channels, torch.arange(len(cells), device=cells.device), len(cells))
+        alone = self._alone(maps, channels)
         detail = self.network.own_detail(maps.specific) if specific else None
         mean, _ = self.network.decode(self.network.shared_path(alone.shared), channels, size_of(images), detail)
         out[cells, channels] = mean[:, 0]
@@ -126,6 +127,11 @@ class MapMethod(LatentMethod):
     def _encoded(self, images: Tensor, measured: Tensor) -> tuple[Tensor, Tensor, Maps]:
         cells, channels = measured.nonzero(as_tuple=True)
         return cells, channels, self.network.encode(images[cells, channels, None], channels)
+
+    def _alone(self, maps: Maps, channels: Tensor) -> Maps:
+        """What each stain tells by itself: its maps, or as an expert their product with the prior."""
+        rows = torch.arange(len(channels), device=channels.device)
+        return self.network.fuse(maps, channels, rows, len(rows)) if maps.log_std else maps
 
     def _fused(self, images: Tensor, measured: Tensor) -> tuple[Tensor, Maps, tuple[Tensor, Tensor, Maps]]:
         cells, channels, maps = self._encoded(images, measured)

@@ -21,6 +21,7 @@ from imgshared.losses import kl_per_dimension, reconstruction
 from imgshared.methods.base import LatentMethod, ParameterGroup, Stage, never_joined, refuse_without_partner, sum_terms
 from imgshared.methods.draws import at_most
 from imgshared.methods.noise import drawn, fixed_noise
+from imgshared.models.bounds import soft_bound
 from imgshared.models.decoder import LatentDecoder
 from imgshared.models.encoder import SplitEncoder
 from imgshared.models.fusion import fuse_product
@@ -202,7 +203,7 @@ class Mvae(LatentMethod):
             condition = self._condition(modality, channels)
             said, _ = self.encoders[modality](images[cells, channels, None], condition)
             mean[cells, channels], spread = said.float().chunk(2, 1)
-            log_std[cells, channels] = spread.clamp(-LOG_STD, LOG_STD)
+            log_std[cells, channels] = soft_bound(spread, -LOG_STD, LOG_STD)
         return Experts(mean, log_std)
 
     def _decode(self, modality: str, z: Tensor, channels: Tensor) -> Tensor:

@@ -136,9 +136,9 @@ class Pix2pix(PairedMethod):
 
     def _discriminator_loss(self, shown: Shown) -> LossTerms:
         c = self.config
-        pairs = torch.cat([shown.sources, shown.real], 1).requires_grad_(c.r1_weight > 0)
-        real, fake = self.discriminator(pairs, shown.markers), self._judge(shown, shown.fake.detach())
-        return discriminator_terms(real, fake, c.adversarial, r1=c.r1_weight, images=pairs)
+        images = shown.real.detach().requires_grad_(c.r1_weight > 0)  # of the stain: a source is never predicted
+        real, fake = self._judge(shown, images), self._judge(shown, shown.fake.detach())
+        return discriminator_terms(real, fake, c.adversarial, r1=c.r1_weight, images=images)
 
     def _judge(self, shown: Shown, stain: Tensor) -> Tensor:
         logits: Tensor = self.discriminator(torch.cat([shown.sources, stain], 1), shown.markers)

@@ -8,8 +8,9 @@ patch contrast, cycle and adversarial terms let it learn from cells that were ne
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from imgshared.config import TranslatorConfig
 from imgshared.data.panel import Panel
 from imgshared.methods.base import ParameterGroup, Stage, never_joined, no_terms, sum_terms
 from imgshared.methods.draws import (
-    Stains,
     at_most,
     draw_targets,
     few,
@@ -31,52 +31,23 @@ from imgshared.methods.draws import (
 )
 from imgshared.methods.game import BETAS, discriminator_terms, signs_of_defeat, signs_of_rest
 from imgshared.methods.maps import MapMethod, size_of
+from imgshared.methods.step import Step, Translated
 from imgshared.models.discriminator import PatchDiscriminator, check_fits
 from imgshared.models.patches import PatchProjection, sample_positions
 from imgshared.models.pyramid import TimmPyramid
 from imgshared.models.translation import Maps
 from imgshared.types import Batch, InputError, LossTerms
 
-LEAST_ROWS = 8  # of a marker in a batch, below which dependence is not estimated
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one step has computed of a batch and several terms share.
-
-    Parameters
-    ----------
-    batch, stains
-        The cells, and the stains of them that were drawn (visible and hidden).
-    maps
-        Of the encoded stains, `stains` at `encoded`.
-    trunk
-        (B, width, Y / r0, X / r0), the decoder's shared path from the fused maps of each cell's visible stains.
-    """
-
-    batch: Batch
-    stains: Stains
-    encoded: Tensor
-    maps: Maps
-    fused: Maps
-    trunk: Tensor
-
-
-@dataclass(frozen=True)
-class Translated:
-    """Images of stains that the cells did not show, for the adversarial, contrastive and cycle terms."""
-
-    batch: Batch
-    cells: Tensor
-    channels: Tensor
-    images: Tensor
+LEAST_ROWS = 8  # of a marker in a part of a batch, below which dependence is not estimated
+SELDOM = 0.1  # of the steps
 
 
 class Translator(MapMethod):
     """The translator.
 
-    The term `identity` is CycleGAN's, an L1 error (Zhu et al. 2017, section 5.2); the contrastive one of CUT is in
-    `cut`.
+    Of a stain translated to itself there are two terms: `identity` is CycleGAN's, an L1 error (Zhu et al. 2017, section
+    5.2), `patch_nce_identity` is CUT's, patch contrast (Park et al. 2020, section 3.3). Unlike in CUT, a translation is
+    read by the encoder of its own marker, not by that of its source, for it is a stain like any other here.
 
     Parameters
     ----------
@@ -111,9 +82,10 @@ class Translator(MapMethod):
             self.discriminator = PatchDiscriminator(
                 inputs, config.discriminator_channels, markers=len(panel), norm="none"
             )
-        if self.weights.patch_nce:
+        if self.weights.patch_nce or self.weights.patch_nce_identity:
             self.projection = PatchProjection(self.network.widths)
         self._kept: Translated | None = None
+        self._estimated = Counter[int]()  # steps in which a marker's dependence was, and -1: all of an epoch
 
     @property
     def _sees_source(self) -> bool:
@@ -144,12 +116,18 @@ class Translator(MapMethod):
             Names the term and the configuration that fits.
         """
         super().prepare(measured, seed)
+        w, several = self.weights, (measured.sum(1) > 1).any()
         for term in ("cross", "sharp", "agreement"):
-            if getattr(self.weights, term) and not (measured.sum(1) > 1).any():
+            if getattr(w, term) and not several:
                 raise InputError(
                     f"method.weights.{term} needs cells with two stains, and no training cell has two: set it to 0 and "
                     "learn from unpaired cells by patch_nce, cycle and adversarial, as configs/translator_unpaired.yaml"
                 )
+        if not (w.adversarial or w.patch_nce or w.cycle or several):
+            raise InputError(
+                "no training cell has two stains and no term translates between cells, so no stain would be predicted "
+                "from another: learn by patch_nce, cycle and adversarial, as configs/translator_unpaired.yaml"
+            )
         if self._sees_source and not self.paired:
             raise InputError(
                 "method.discriminator_sees_source needs cells that show chromatin and another stain, and no training "
@@ -159,7 +137,8 @@ class Translator(MapMethod):
     def doubts(self, measured: Tensor, markers: Sequence[str]) -> list[str]:
         """Name the stains that nothing joins with chromatin, where only cells with several stains teach to predict."""
         w = self.weights
-        if not w.cross or not self.paired or (w.adversarial and (w.patch_nce or w.cycle) and not self._sees_source):
+        translates = w.adversarial and (w.patch_nce or w.cycle) and not self._sees_source
+        if translates or (self.paired and not w.cross):
             return []
         remedy = (
             "patch_nce or cycle with adversarial and method.discriminator_sees_source=false could, as in "
@@ -184,6 +163,7 @@ class Translator(MapMethod):
             (w.norm, "norm", self._norm),
             (w.kl, "kl", self._kl),
             (w.identity, "identity", self._identity),
+            (w.patch_nce_identity, "patch_nce_identity", self._patch_nce_identity),
         ]
         parts = {name: weight * term(step) for weight, name, term in terms if weight}
         self._kept = None
@@ -239,20 +219,31 @@ class Translator(MapMethod):
         return self._drawn(step, (~step.stains.visible).nonzero()[:, 0])
 
     def _identity(self, step: Step) -> Tensor:
-        """L1 of a visible stain that is translated to itself, from its own shared maps alone (CycleGAN's)."""
+        """L1 of a visible stain that is translated to itself (CycleGAN's)."""
         rows = step.stains.visible[step.encoded].nonzero()[:, 0]
-        maps = Maps([h[rows] for h in step.maps.shared], log_std=[h[rows] for h in step.maps.log_std])
         cells, channels = step.stains.cells[step.encoded[rows]], step.stains.channels[step.encoded[rows]]
-        alone = self.network.fuse(maps, channels, torch.arange(len(rows), device=rows.device), len(rows))
-        mean, _ = self.network.decode(self.network.shared_path(alone.shared), channels, size_of(step.batch.images))
-        return losses.pixel_loss(mean, step.batch.images[cells, channels, None], "l1")
+        return losses.pixel_loss(self._itself(step, rows), step.batch.images[cells, channels, None], "l1")
+
+    def _patch_nce_identity(self, step: Step) -> Tensor:
+        """Patch contrast of a visible stain that is translated to itself with that stain (CUT's)."""
+        rows = few(step.stains.visible[step.encoded].nonzero()[:, 0], self.config.translated)
+        again = self.network.encode(self._itself(step, rows), step.stains.channels[step.encoded[rows]])
+        return self._contrast(again, [h[rows] for h in step.maps.shared])
+
+    def _itself(self, step: Step, rows: Tensor) -> Tensor:
+        """Draw the encoded stains `rows` from their own shared maps alone."""
+        maps = Maps([h[rows] for h in step.maps.shared], log_std=[h[rows] for h in step.maps.log_std])
+        channels = step.stains.channels[step.encoded[rows]]
+        trunk = self.network.shared_path(self._alone(maps, channels).shared)
+        return self.network.decode(trunk, channels, size_of(step.batch.images))[0]
 
     def _agreement(self, step: Step) -> Tensor:
         """Pooled shared latents of two stains of each cell that has two."""
         one, other = step.stains.pairs()
         first = first_of_each(step.batch.index[step.stains.cells[one]])  # a cell drawn twice is not its own stranger
         one, other = one[first], other[first]
-        z = self.network.pool(step.maps.shared, size_of(step.batch.images))
+        told = self._alone(step.maps, step.stains.channels[step.encoded])
+        z = self.network.pool(told.shared, size_of(step.batch.images))
         if self.config.agreement == "triplet":
             return losses.triplet(z[one], z[other])
         return losses.info_nce(z[one], z[other])
@@ -261,10 +252,13 @@ class Translator(MapMethod):
         """Mean over the markers of the dependence of shared and specific latents over the cells of the batch."""
         measure = losses.hsic if self.config.independence == "hsic" else losses.cross_covariance
         size = size_of(step.batch.images)
-        shared, specific = self.network.pool(step.maps.shared, size), self.network.pool(step.maps.specific, size)
         channels = step.stains.channels[step.encoded]
-        found = [(channels == c).nonzero()[:, 0] for c in channels.unique().tolist()]
-        each = [measure(shared[rows], specific[rows]) for rows in found if len(rows) >= LEAST_ROWS]
+        shared = self.network.pool(self._alone(step.maps, channels).shared, size)
+        specific = self.network.pool(step.maps.specific, size)
+        count = channels.bincount(minlength=len(self.panel)).tolist()
+        found = [c for c, n in enumerate(count) if n >= LEAST_ROWS]
+        self._estimated.update([-1, *found])
+        each = [measure(shared[channels == c], specific[channels == c]) for c in found]
         return torch.stack(each).mean() if each else shared.sum() * 0.0
 
     def _norm(self, step: Step) -> Tensor:
@@ -273,8 +267,11 @@ class Translator(MapMethod):
         return losses.latent_norm(fused) + losses.latent_norm(specific)
 
     def _kl(self, step: Step) -> Tensor:
+        """KL of a cell's fused maps, all levels together, over the pixels of its image: as the likelihood is a mean."""
+        height, width = size_of(step.batch.images)
         levels = zip(step.fused.shared, step.fused.log_std, strict=True)
-        return torch.stack([losses.gaussian_kl(m, s) for m, s in levels]).mean()
+        each = [losses.gaussian_kl(m, s) * m[0].numel() / (height * width) for m, s in levels]
+        return torch.stack(each).sum()
 
     def _translation_terms(self, step: Step) -> dict[str, Tensor]:
         """Translate each cell to a stain that it did not show, and judge the image without its real counterpart."""
@@ -304,7 +301,7 @@ class Translator(MapMethod):
         if w.patch_nce or w.cycle:
             again = self.network.encode(images, channels)
             source = stains.first_visible(len(batch.index))[cells]
-            if self.projection is not None:
+            if w.patch_nce:
                 parts["patch_nce"] = w.patch_nce * self._patch_nce(step, again, source)
             if w.cycle:
                 parts["cycle"] = w.cycle * self._cycle(step, again, source, fake)
@@ -322,10 +319,13 @@ class Translator(MapMethod):
 
     def _patch_nce(self, step: Step, again: Maps, source: Tensor) -> Tensor:
         """Shared maps of the translation against those of its source, level by level (CUT, eq. 4)."""
-        assert self.projection is not None
         place = step.encoded.new_full((len(step.stains.cells),), -1)
         place[step.encoded] = torch.arange(len(step.encoded), device=place.device)
-        keys = [h[place[source]].detach() for h in step.maps.shared]
+        return self._contrast(again, [h[place[source]] for h in step.maps.shared])
+
+    def _contrast(self, again: Maps, source: Sequence[Tensor]) -> Tensor:
+        assert self.projection is not None
+        keys = [h.detach() for h in source]
         positions = sample_positions(keys, self.config.patches)
         pairs = zip(self.projection(again.shared, positions), self.projection(keys, positions), strict=True)
         c = self.config
@@ -334,10 +334,8 @@ class Translator(MapMethod):
 
     def _cycle(self, step: Step, again: Maps, source: Tensor, fake: Translated) -> Tensor:
         """L1 of the source drawn from its translation alone (Zhu et al. 2017)."""
-        n = len(fake.cells)
-        fused = self.network.fuse(again, fake.channels, torch.arange(n, device=source.device), n)
         channels = step.stains.channels[source]
-        trunk = self.network.shared_path(self._noisy(fused))
+        trunk = self.network.shared_path(self._noisy(self._alone(again, fake.channels)))
         back, _ = self.network.decode(trunk, channels, size_of(step.batch.images))
         return losses.pixel_loss(back, step.batch.images[fake.cells, channels, None], "l1")
 
@@ -364,13 +362,16 @@ class Translator(MapMethod):
         return discriminator_terms(real, guessed, kind, r1=self.weights.r1, images=images)
 
     def signs(self, values: Mapping[str, float]) -> list[str]:
-        """Say where the discriminator has won, and where dependence could never be estimated."""
+        """Say where the discriminator has won, and of which stains dependence was hardly ever estimated."""
         said = signs_of_defeat(values, "method.weights.r1")
         if self.discriminator is not None and self.progress > self.config.translation_from:
             said += signs_of_rest(values, "a stain and cells that can be translated to it")
-        if self.weights.independence and values.get("independence") == 0:
+        steps = self._estimated.pop(-1, 0)
+        missed = [m for c, m in enumerate(self.panel.markers) if self._estimated[c] < SELDOM * steps]
+        self._estimated.clear()
+        if missed:
             said.append(
-                f"independence was never estimated: no stain is shown by {LEAST_ROWS} cells of a step, let "
-                "train.batch_size be larger"
+                f"independence was hardly ever estimated of {', '.join(missed)}: fewer than {LEAST_ROWS} cells of a "
+                "step (of each process) show it. Raise train.batch_size, or lower method.chromatin_only"
             )
         return said

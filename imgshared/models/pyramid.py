@@ -114,11 +114,16 @@ class TimmPyramid(nn.Module):
         import timm  # slow to import, and only needed here
 
         known = timm.list_models()
-        architecture = name.partition(".")[0]  # what follows the dot names pretrained weights
+        architecture, _, weights = name.partition(".")
         if architecture not in known:
             near = difflib.get_close_matches(architecture, known, n=1, cutoff=0.4)
             raise InputError(
                 f"method.backbone: timm knows no model {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+            )
+        if weights:
+            raise InputError(
+                f"method.backbone: {name!r} names pretrained weights, and backbones learn from the start here: name "
+                f"{architecture!r}"
             )
         levels = tuple(range(len(channels)))
         try:

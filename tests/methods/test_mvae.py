@@ -39,7 +39,7 @@ def expert(method: Mvae, batch: Batch, cell: int, channel: int) -> tuple[np.ndar
     condition = method.marker.weight[[channel]] if protein else None
     said, _ = method.encoders["protein" if protein else "chromatin"](batch.images[[cell], channel, None], condition)
     mean, log_std = said.detach().double().numpy()[0].reshape(2, -1)
-    return mean, np.exp(2 * log_std)
+    return mean, np.exp(2 * 6 * np.tanh(log_std / 6))
 
 
 def posterior(method: Mvae, batch: Batch, cell: int, channels: list[int]) -> tuple[np.ndarray, np.ndarray]:

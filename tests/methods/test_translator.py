@@ -75,6 +75,28 @@ def predicted(m: Translator, b: Batch, which: list[tuple[int, int]]) -> float:
     return mean([(x - b.images[i, c]).square().mean() for x, (i, c) in zip(drawn, which, strict=True)])
 
 
+def contrast(m: Translator, pairs: list[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> float:
+    """InfoNCE over the places of each (query, key) pair of maps, or of all of them together."""
+    assert m.projection is not None
+    each = []
+    for level in range(2):
+        mlp = m.projection.levels[level]
+        rows = [[F.normalize(mlp(h[level][0].flatten(1).T), dim=1) for h in pair] for pair in pairs]
+        if m.config.negatives == "batch":
+            rows = [[torch.cat(side) for side in zip(*rows, strict=True)]]
+        each.append(mean([-(q @ k.T / m.config.temperature).log_softmax(1).diagonal().mean() for q, k in rows]))
+    return sum(each) / 2
+
+
+def patch_nce_identity(m: Translator, b: Batch) -> float:
+    pairs = []
+    for i, c in stains(m, b):
+        real = maps(m, b, i, c).shared
+        again = m.network.encode(draw(m, real, c), torch.tensor([c])).shared
+        pairs.append((again, real))
+    return contrast(m, pairs)
+
+
 def identity(m: Translator, b: Batch) -> float:
     each = [(draw(m, maps(m, b, i, c).shared, c) - b.images[i, c]).abs().mean() for i, c in stains(m, b)]
     return mean(each)
@@ -112,9 +134,9 @@ def kl(m: Translator, b: Batch) -> float:
             precision = [(-2 * e.log_std[level]).exp() for e in experts]
             total = 1 + sum(precision)
             centre = sum(e.shared[level] * p for e, p in zip(experts, precision, strict=True)) / total
-            values.append(0.5 * (centre**2 + 1 / total - 1 + total.log()).mean())
+            values.append(0.5 * (centre**2 + 1 / total - 1 + total.log()).sum() / SIDE**2)
         each.append(mean(values))
-    return sum(each) / 2
+    return sum(each)
 
 
 @pytest.mark.parametrize("seen", [{}, ALL_VISIBLE])
@@ -124,6 +146,8 @@ def kl(m: Translator, b: Batch) -> float:
         ("full", {}, full),
         ("shared", {}, lambda m, b: predicted(m, b, stains(m, b))),
         ("identity", {}, identity),
+        ("patch_nce_identity", {"patches": 999}, patch_nce_identity),
+        ("patch_nce_identity", {"patches": 999, "negatives": "batch"}, patch_nce_identity),
         ("norm", {}, norm),
         ("agreement", {}, agreement),
         ("agreement", {"agreement": "triplet"}, agreement),
@@ -239,20 +263,11 @@ def test_cycle_is_the_source_drawn_from_its_translation(make: Make, two_stains: 
 @pytest.mark.parametrize("negatives", ["image", "batch"])
 def test_patch_nce_finds_each_patch_in_the_source(negatives: str, make: Make, two_stains: Tensor) -> None:
     method, batch = make(two_stains, {"patch_nce": 0.7}, negatives=negatives, temperature=0.2, patches=999)
-    assert method.projection is not None
-    found = fakes(method, batch)
-    each = []
-    for level in range(2):
-        mlp = method.projection.levels[level]
-        pairs = []
-        for i, (source, target, image) in found.items():
-            query = method.network.encode(image, torch.tensor([target])).shared[level]
-            key = maps(method, batch, i, source).shared[level]
-            pairs.append([F.normalize(mlp(h[0].flatten(1).T), dim=1) for h in (query, key)])
-        if negatives == "batch":
-            pairs = [[torch.cat(side) for side in zip(*pairs, strict=True)]]
-        each.append(mean([-(q @ k.T / 0.2).log_softmax(1).diagonal().mean() for q, k in pairs]))
-    assert method.loss(batch, "generator").total.item() == pytest.approx(0.7 * sum(each) / 2, rel=1e-4)
+    pairs = [
+        (method.network.encode(image, torch.tensor([target])).shared, maps(method, batch, i, source).shared)
+        for i, (source, target, image) in fakes(method, batch).items()
+    ]
+    assert method.loss(batch, "generator").total.item() == pytest.approx(0.7 * contrast(method, pairs), rel=1e-4)
 
 
 # --- what is computed, and what moves -------------------------------------------------------------------------------

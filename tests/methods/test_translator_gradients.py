@@ -28,6 +28,7 @@ Make = Callable[..., tuple[Translator, Batch]]
         (["adversarial"], (1, 20, 1, 0, 1, 1)),
         (["sharp", "adversarial"], (1, 20, 1, 0, 1, 1)),
         (["patch_nce"], (2, 40, 1, 0, 1, 0)),
+        (["patch_nce_identity"], (2, 40, 2, 0, 1, 0)),
         (["cycle"], (2, 40, 2, 0, 2, 0)),
         (["adversarial", "patch_nce", "cycle"], (2, 40, 2, 0, 2, 1)),
     ],
@@ -51,7 +52,7 @@ def test_a_term_without_weight_is_not_computed(
         count(name)
     method.network.shared_path.register_forward_hook(lambda *_: seen.update(["shared_path"]))
     assert (method.discriminator is None) == ("adversarial" not in weights)
-    assert (method.projection is None) == ("patch_nce" not in weights)
+    assert (method.projection is None) == (not {"patch_nce", "patch_nce_identity"} & set(weights))
     if method.discriminator:
         method.discriminator.register_forward_hook(lambda *_: seen.update(["judge"]))
     assert set(method.loss(batch, "generator").parts) == set(weights)
@@ -93,15 +94,15 @@ DRAWN = READ | {"marker", "shared_path", "absent", "head"}
         ("adversarial", DRAWN),
         ("sharp", {"texture"}),  # the mean stays what it is
         ("patch_nce", DRAWN | {"projection"}),
+        ("patch_nce_identity", DRAWN | {"projection"}),
     ],
 )
 def test_a_gradient_reaches_what_it_should_and_nothing_else(
     name: str, moved: set[str], make: Make, three_stains: Tensor
 ) -> None:
     fusion = {"fusion": "product"} if name == "kl" else {}
-    method, batch = make(
-        three_stains, {name: 1.0, "adversarial": 0.5} if name != "patch_nce" else {name: 1.0}, **fusion
-    )
+    contrasts = name.startswith("patch_nce")
+    method, batch = make(three_stains, {name: 1.0} if contrasts else {name: 1.0, "adversarial": 0.5}, **fusion)
     parts: dict[str, Tensor] = {}
     method.weights = replace(
         method.weights, adversarial=0.5 * (name in ("adversarial", "sharp"))

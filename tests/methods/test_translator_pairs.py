@@ -27,6 +27,26 @@ def test_terms_of_pairs_are_refused_without_pairs(term: str, make_translator: Ma
         make_translator({"weights": {"adversarial": 1.0}, "discriminator_sees_source": True}, measured=never_together)
 
 
+def test_cells_of_one_stain_each_are_refused_where_no_term_translates(
+    make_translator: Make, never_together: Tensor
+) -> None:
+    with pytest.raises(
+        InputError, match=r"no training cell has two stains and no term translates .*translator_unpaired"
+    ):
+        make_translator({"weights": {"full": 1.0, "shared": 0.1, "patch_nce_identity": 0.1}}, measured=never_together)
+    for term in ("adversarial", "patch_nce", "cycle"):
+        make_translator({"weights": {"full": 1.0, term: 0.1}}, measured=never_together)
+
+
+def test_proteins_that_never_meet_chromatin_are_named_where_no_term_translates(make_translator: Make) -> None:
+    apart = torch.tensor([[True, False, True]] * 5 + [[False, True, False]] * 5)  # proteins together, DNA alone
+    method, _ = make_translator({"weights": {"cross": 1.0}}, measured=apart)
+    said = method.doubts(apart, method.panel.markers)
+    assert [s.partition(":")[0] for s in said] == ["P0", "P2"]
+    translating = {"weights": {"cross": 1.0, "patch_nce": 1.0, "adversarial": 1.0}}
+    assert make_translator(translating, measured=apart)[0].doubts(apart, method.panel.markers) == []
+
+
 def test_a_stain_that_nothing_joins_with_chromatin_is_named(make_translator: Make) -> None:
     both, alone = [[True, True, False]] * 3, [[False, False, True]] * 2
     method, _ = make_translator({"weights": {"cross": 1.0}})
@@ -79,7 +99,7 @@ def test_a_held_out_batch_that_cannot_be_judged_does_not_count(
     paired: bool, make_translator: Make, never_together: Tensor
 ) -> None:
     method, batch = make_translator(
-        {} if paired else {"weights": {"full": 1.0}}, measured=None if paired else never_together
+        {} if paired else {"weights": {"full": 1.0, "cycle": 1.0}}, measured=None if paired else never_together
     )
     keep = torch.arange(batch.measured.shape[1]) == DNA if paired else torch.zeros(2, dtype=torch.bool)
     terms = method.validate(replace(batch, measured=batch.measured & keep))

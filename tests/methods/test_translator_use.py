@@ -94,6 +94,17 @@ def test_latents_of_a_stain_come_from_that_stain_and_the_fused_one_from_all(make
     assert torch.equal(z.measured, batch.measured)
 
 
+def test_what_a_stain_tells_by_itself_is_what_is_fused_where_it_is_alone(make_translator: Make) -> None:
+    for fusion in ("mean", "product"):
+        method, batch = make_translator({"fusion": fusion})
+        for c in range(3):
+            rows = batch.measured[:, c]
+            only = torch.zeros_like(batch.measured)
+            only[:, c] = rows
+            fused, each = method.encode(batch.images, only).shared, method.encode(batch.images, batch.measured).each
+            torch.testing.assert_close(each[rows, c], fused[rows])
+
+
 def test_a_stain_is_rebuilt_from_itself_alone(make_translator: Make) -> None:
     method, batch = make_translator()
     method.eval()
@@ -285,12 +296,23 @@ def test_a_discriminator_that_never_moves_is_said_once_it_should(make_translator
     assert without.signs({"full": 0.1}) == []
 
 
-def test_dependence_that_is_never_estimated_is_said(make_translator: Make) -> None:
-    method, _ = make_translator({"weights": {"full": 1.0, "independence": 1.0}})
-    assert method.signs({"independence": 0.01}) == []
-    (said,) = method.signs({"independence": 0.0})
-    assert "no stain is shown by 8 cells of a step" in said
-    assert make_translator()[0].signs({"independence": 0.0}) == []
+def test_stains_whose_dependence_is_hardly_ever_estimated_are_named(make_translator: Make) -> None:
+    measured = torch.zeros(16, 3, dtype=torch.bool)
+    measured[:, DNA] = measured[:5, 0] = measured[:9, 2] = True
+    settings = {"weights": {"full": 1.0, "independence": 1.0}, "chromatin_only": 1.0, "hidden_proteins": None}
+    method, batch = make_translator(settings, measured=measured)
+    for _ in range(3):
+        method.loss(batch, "generator")
+    (said,) = method.signs({})
+    assert said.startswith("independence was hardly ever estimated of P0: fewer than 8 cells of a step")
+    assert method.signs({}) == []  # an epoch each
+    method.loss(replace(batch, measured=measured & (torch.arange(16) < 8)[:, None]), "generator")
+    (said,) = method.signs({})
+    assert "estimated of P0:" in said
+    method.loss(replace(batch, measured=measured & (torch.arange(16) < 7)[:, None]), "generator")
+    (said,) = method.signs({})
+    assert "estimated of P0, DNA, P2:" in said
+    assert make_translator()[0].signs({}) == []
 
 
 @torch.no_grad()

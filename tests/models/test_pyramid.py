@@ -148,14 +148,11 @@ def test_crops_that_leave_one_pixel_to_normalise_over_are_refused():
     assert squeezing.training
 
 
-def test_a_name_of_timm_may_carry_the_tag_of_its_weights():
-    assert TimmPyramid("resnet18.a1_in1k", (4, 6)).reductions == (2, 4)
-
-
 @pytest.mark.parametrize(
     ("name", "levels", "said"),
     [
         ("resnet10tt", 2, r"timm knows no model 'resnet10tt'. Did you mean 'resnet10t'\?"),
+        ("resnet18.a1_in1k", 2, "'resnet18.a1_in1k' names pretrained weights, .* from the start here: name 'resnet18'"),
         ("qqqqqqqqqq", 2, "timm knows no model 'qqqqqqqqqq'.$"),
         ("resnet10t", 6, "method.channels has 6 levels, more than resnet10t: name fewer"),
         ("xcit_nano_12_p8_224", 13, "method.channels has 13 levels, more than xcit_nano_12_p8_224: name fewer"),
