@@ -99,7 +99,7 @@ EDITIONS = {
             "cut": (FLIPS, "method.width=16", "train.batch_size=4"),
             "fastcut": (FLIPS, "method.width=16", "train.batch_size=4"),
             "cyclegan": (FLIPS, "method.width=16", "train.batch_size=4"),
-            "mvae": (FLIPS, "method.proteins_per_step=3"),
+            "mvae": (FLIPS, "method.proteins_per_step=3", "train.batch_size=16"),
         },
     ),
     "full": Edition(

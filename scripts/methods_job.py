@@ -225,10 +225,11 @@ def speed(job: Job) -> None:
 
 
 def plan(stages: list[dict[str, Any]], batch_size: int, train: int, val: int, seconds: float) -> tuple[list[int], int]:
-    """Return the epochs of each stage that take so many seconds in all, and how often to validate.
+    """Return the epochs of each stage that take so many seconds in all, and after how many epochs to validate.
 
     A monitored stage is validated up to `CHECKS` times as long as that takes no more than `CHECKED` of its time, but
-    once at least; any other never, since nothing depends on it.
+    once at least; any other never, since nothing depends on it. The time that is planned for validation is that of the
+    validations which are made.
     """
     epochs, every = [], 1
     for stage in stages:
@@ -239,10 +240,10 @@ def plan(stages: list[dict[str, Any]], batch_size: int, train: int, val: int, se
             epochs.append(max(1, round(share / one)))
             every = epochs[-1] + 1
             continue
-        checks = min(max(int(CHECKED * share / check), 1), CHECKS)
-        wanted = (share - checks * check) / one
-        every = max(1, int(wanted / checks))
-        epochs.append(max(1, round(wanted / every)) * every)
+        most = min(max(int(CHECKED * share / check), 1), CHECKS)
+        checks = (max(1, round(share / (n * one + check))) for n in itertools.count(1))
+        every, made = next((n, k) for n, k in enumerate(checks, 1) if k <= most)
+        epochs.append(every * made)
     return epochs, every
 
 

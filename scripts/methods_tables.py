@@ -79,7 +79,7 @@ def tell(
         name, cpu = result["dataset"], result["edition"] == "cpu"
         if datasets is not None and name not in datasets:
             continue
-        table = overview(result)
+        table = f"{overview(result)}\n\n{made_by(result)}"
         print(f"\n{name}{'' if cpu else ', edition ' + result['edition']}\n\n{table}")
         parts = [f"# {path.stem.removeprefix('methods_')}\n", table, *details(result)]
         path.with_suffix(".md").write_text("\n".join(parts) + "\n")
@@ -116,6 +116,23 @@ def overview(result: dict[str, Any]) -> str:
         note = "" if done == expected and done else f" ({done} of {expected or '?'} runs)"
         rows.append({"method": method + note, **{name: column.get(method, "–") for name, column in cells.items()}})
     return markdown(rows)
+
+
+def made_by(result: dict[str, Any]) -> str:
+    """Return how the results of a dataset were made: a sentence below its table."""
+    of = result["provenance"]
+    commits = list(dict.fromkeys(f"{row.get('commit') or of['commit']}" for row in result["rows"]))
+    changed = " with changes" if any(row.get("dirty", of.get("dirty")) for row in result["rows"]) else ""
+    precisions = list(dict.fromkeys(row["precision"] for row in result["rows"] if "precision" in row))
+    minutes = [f"{result['minutes']:.0f} minutes in all"] if result.get("minutes") else []
+    parts = [
+        f"{result['seconds']:g} s of training a run",
+        f"{result['workers']} at a time on {of['gpu'] or of['processor']}",
+        *([" and ".join(precisions)] if precisions else []),
+        *minutes,
+        f"commit {', '.join(commits)}{changed}",
+    ]
+    return f"({'; '.join(parts)}.)"
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

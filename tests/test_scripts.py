@@ -182,7 +182,15 @@ def test_an_edition_has_a_file_of_its_own(tables, tmp_path):
 def test_readme_takes_no_table_of_a_part(tables, tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     (tmp_path / "README.md").write_text("<!-- methods:toy -->\nold\n<!-- /methods:toy -->\n")
-    whole = {"dataset": "toy", "edition": "cpu", "methods": ["linear"], "missing": [], "rows": [row("linear", "0")]}
+    made = {"provenance": {"processor": "EPYC", "gpu": None, "commit": "a1"}, "seconds": 1.0, "workers": 1}
+    whole = {
+        "dataset": "toy",
+        "edition": "cpu",
+        "methods": ["linear"],
+        "missing": [],
+        "rows": [row("linear", "0")],
+        **made,
+    }
     for changes, methods in (
         ({}, ("linear", "cut")),
         ({"repeats": 1}, ("linear",)),
@@ -197,11 +205,43 @@ def test_readme_takes_no_table_of_a_part(tables, tmp_path, monkeypatch):
     assert "old" in (tmp_path / "README.md").read_text()
 
 
+def test_a_table_says_how_it_was_made(tables):
+    rows = [{"commit": c, "dirty": d, "precision": "bf16"} for c, d in (("a1", False), ("b2", True), ("a1", False))]
+    provenance = {"processor": "EPYC, 2 threads", "gpu": None, "commit": "c3"}
+    result = {"provenance": provenance, "seconds": 540.0, "workers": 1, "minutes": 89.6, "rows": rows}
+    said = (
+        "540 s of training a run; 1 at a time on EPYC, 2 threads; bf16; 90 minutes in all; commit a1, b2 with changes."
+    )
+    assert tables.made_by(result) == f"({said})"
+    assert tables.made_by({**result, "rows": [{}], "minutes": None}).endswith("EPYC, 2 threads; commit c3.)")
+
+
+@pytest.mark.parametrize("val_cells_per_s", [50.0, 500.0])
+@pytest.mark.parametrize("cells_per_s", [3.0, 30.0, 300.0])
+def test_a_task_takes_its_time_with_its_validations(bench, cells_per_s, val_cells_per_s):
+    import methods_job
+
+    train, val, seconds = 1000, 300, 540.0
+    stage = {"cells_per_s": cells_per_s, "val_cells_per_s": val_cells_per_s, "monitored": True}
+    (epochs,), every = methods_job.plan([stage], 10, train, val, seconds)
+    checks = epochs // every
+    one, check = train / cells_per_s, val / val_cells_per_s
+    assert epochs == every * checks
+    assert 1 <= checks <= methods_job.CHECKS
+    assert checks == 1 or checks * check < 1.1 * methods_job.CHECKED * seconds
+    rounds = every * one + check  # it can only be so exact
+    assert abs(epochs * one + checks * check - seconds) <= 0.5 * rounds + 1e-9 or epochs == 1
+    unwatched = methods_job.plan(
+        [{**stage, "monitored": False, "val_cells_per_s": float("inf")}], 10, train, val, seconds
+    )
+    assert unwatched == ([max(1, round(seconds / one))], max(1, round(seconds / one)) + 1)
+
+
 @pytest.mark.parametrize("dataset", ["simulated", "bbbc013", "imc_spleen"])
 def test_tables_of_readme_are_those_of_the_records(tables, dataset):
     root = SCRIPTS.parent
     record = json.loads((root / "benchmarks" / f"methods_{dataset}.json").read_text())
-    table = tables.overview(tables.both_outputs(record))
+    table = f"{tables.overview(tables.both_outputs(record))}\n\n{tables.made_by(record)}"
     assert f"<!-- methods:{dataset} -->\n{table}\n<!-- /methods:{dataset} -->" in (root / "README.md").read_text()
     assert (root / "benchmarks" / f"methods_{dataset}.md").read_text().startswith(f"# {dataset}\n\n{table}\n")
 
