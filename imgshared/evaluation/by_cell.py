@@ -11,7 +11,7 @@ import pandas as pd
 
 from imgshared.config import EvaluateConfig
 from imgshared.data.panel import Panel
-from imgshared.data.store import put_in_place, write_anndata
+from imgshared.data.store import write_anndata
 from imgshared.evaluation import checks
 from imgshared.evaluation.collect import Part
 
@@ -34,11 +34,11 @@ def table(test: Part, config: EvaluateConfig) -> pd.DataFrame:
 
 
 def write(test: Part, rows: pd.DataFrame, panel: Panel, path: Path) -> None:
-    """Write the judged cells as AnnData on Zarr, beside first, then renamed.
+    """Write the judged cells as AnnData on Zarr, in place of what an interrupted evaluation left there.
 
     `obs` is the store's; `var` are the judged proteins; a layer a score of `table`, (N, M), NaN where a protein was not
     measured; `X` is the predicted mean intensity, normalised; `obsm` the latents, e.g. ``z_s [DNA]``, NaN where not
-    measured.
+    measured; a slash in a marker's name is an underscore there.
     """
     markers = [m for m in panel.proteins if m in set(rows["marker"])]
     names = [c for c in (*FIDELITY, *checks.COLUMNS, *TRUST) if c in rows]
@@ -51,9 +51,7 @@ def write(test: Part, rows: pd.DataFrame, panel: Panel, path: Path) -> None:
         obs=test.obs.copy(),
         var=pd.DataFrame(index=pd.Index(markers, name="marker")),
         layers=layers,
-        obsm=dict(test.latents),
+        obsm={name.replace("/", "_"): values for name, values in test.latents.items()},
     )
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    write_anndata(found, partial)
-    put_in_place(partial, path)
+    shutil.rmtree(path, ignore_errors=True)
+    write_anndata(found, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ import pandas as pd
 
 from imgshared.config import EvaluateConfig
 from imgshared.data.panel import Panel
-from imgshared.data.store import CellStore
+from imgshared.data.store import CellStore, put_in_place
 from imgshared.evaluation import by_cell, checks, coverage, fidelity, figure_data, imputability, morphology, verdict
 from imgshared.evaluation.classify import classify
 from imgshared.evaluation.collect import Part, Predict, Progress
@@ -25,6 +24,7 @@ from imgshared.evaluation.judgeable import lacking
 from imgshared.evaluation.kept import Keeper
 from imgshared.evaluation.labels import read_label
 from imgshared.evaluation.matrix import ARROW
+from imgshared.evaluation.place import CELLS, refuse_place
 from imgshared.evaluation.probes import probe
 from imgshared.evaluation.realism import realism
 from imgshared.evaluation.refit import nested
@@ -34,7 +34,6 @@ from imgshared.evaluation.words import model_card
 from imgshared.prediction import Run, predict_cells
 from imgshared.training.log import read_metrics
 
-CELLS = "cells.zarr"
 # Tables too long for metrics.json
 LONG = ("cells", "features", "effects", "pictures", "contradictions", "latent_maps", "training")
 
@@ -150,6 +149,7 @@ def evaluate(
     """
     say = progress or (lambda what, done, total: None)
     out = Path(out)
+    refuse_place(out, run, store, config)
     own = predict is predict_cells and config.predictions is None  # of others it is not known what they depend on
     keeper = Keeper(out / "cache") if own else None
     if config.refit:
@@ -164,14 +164,15 @@ def evaluate(
     summary += verdict.differences(tables["conditions"])
 
     out.mkdir(parents=True, exist_ok=True)
+    cells, partial_cells = by_cell.table(looked.test, looked.config), out / f"{CELLS}.partial"
+    by_cell.write(looked.test, cells, run.panel, partial_cells)
     files = [f"tables/{name}.csv" for name in tables | {"cells": None}]
     for stale in ("metrics.json", "model_card.md", "report.html", "tables/probabilities.parquet", *files):
         (out / stale).unlink(missing_ok=True)  # of an earlier evaluation: results never mix
-    shutil.rmtree(out / CELLS, ignore_errors=True)
+    put_in_place(partial_cells, out / CELLS)
     say("report", 0, 1)
     report = write_report(Shown(run, looked, tables, summary, notes), out / "report.html")
-    tables["cells"] = by_cell.table(looked.test, looked.config)
-    by_cell.write(looked.test, tables["cells"], run.panel, out / CELLS)
+    tables["cells"] = cells
     unsound = verdict.unsound(tables["controls"])
     plain: dict[str, Any] = {"leaks": looked.leaks, "unsound": unsound, "cautions": looked.cautions}
     plain |= {"summary": summary, "notes": notes}

@@ -22,6 +22,7 @@ from imgshared.evaluation.collect import collect
 from imgshared.evaluation.floors import Floors
 from imgshared.evaluation.judgeable import sampled, unpaired
 from imgshared.prediction import Run, predict_cells
+from imgshared.types import InputError
 
 FILE = "imputability.json"
 CELLS = 1000  # of training and of validation that are looked at, at most
@@ -148,7 +149,10 @@ def warnings_of(run: Run, markers: Sequence[str]) -> list[str]:
     path = run.path / FILE
     if not path.exists():
         return []
-    rows = json.loads(path.read_text())
+    try:
+        rows = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): remove it, and train --resume makes it again") from error
     known = {row["marker"] for row in rows}
     unseen = [m for m in markers if m not in known and m not in (run.panel.chromatin, *run.sources)]
     said = list[str]()

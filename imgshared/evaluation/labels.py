@@ -51,7 +51,7 @@ def read_label(obs: pd.DataFrame, name: str, values: tuple[str, ...] | None = No
     """
     raw = column(obs, name)
     text = raw.astype(str).to_numpy()
-    present = raw.notna().to_numpy() & ~np.isin(text, ("", "nan", "None", "<NA>"))
+    present = raw.notna().to_numpy() & ~np.isin(text, ("", "nan", "<NA>"))
     found = sorted(set(text[present]))
     classes = tuple(v for v in found if values is None or v in values) or tuple(found)
     if len(classes) < 2:

@@ -24,6 +24,7 @@ from imgshared.evaluation.guard import cohort, shared_groups
 from imgshared.evaluation.judgeable import judgeable
 from imgshared.evaluation.kept import Keeper
 from imgshared.evaluation.labels import read_label
+from imgshared.evaluation.place import refuse_place
 from imgshared.evaluation.study import Study, check_columns, joined, look
 from imgshared.prediction import Run, load_run, predict_cells
 from imgshared.types import InputError
@@ -48,6 +49,8 @@ def plan_folds(run: Run, store: CellStore, config: EvaluateConfig) -> list[Split
         raise InputError("allow_seen_groups: a nested study judges every group by an imputer that never saw it anyway")
     if config.predictions is not None:
         raise InputError("predictions: a nested study predicts every group itself; leave it out")
+    if config.train_on == "test":
+        raise InputError("train_on=test: classifiers of a nested study learn from what taught their fold's model")
     check_columns(store.obs, config)
     wish = run.experiment.split
     values = column(store.obs, wish.by).astype(str).to_numpy()
@@ -99,6 +102,7 @@ def fit_folds(
     only
         Folds, from 1 on; None: all.
     """
+    refuse_place(out, run, store, config)
     folds = plan_folds(run, store, config)
     for k in only or ():
         if not 1 <= k <= len(folds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from imgshared.evaluation import cnn
 from imgshared.evaluation.jobs import Cells, Job, Probabilities, keys
 
 Count = Callable[[str, int, int], None]
+NAME = re.compile("[0-9a-f]{32}")  # of an answer, by what it depends on
 
 
 def solve(jobs: Sequence[Job], config: EvaluateConfig, cache: Path | None, say: Count) -> list[list[Probabilities]]:
@@ -66,7 +68,7 @@ def solve(jobs: Sequence[Job], config: EvaluateConfig, cache: Path | None, say: 
         cnn.fit_networks([wanted[name] for name in networks], training, done=learnt, say=heard)
     if cache is not None and cache.exists():
         for path in (*cache.glob("*.npy"), *cache.glob("*.partial")):
-            if path.stem not in known:
+            if path.stem not in known and NAME.fullmatch(path.stem):  # no file of anyone else
                 path.unlink()
     return [known[name] for name in names]
 

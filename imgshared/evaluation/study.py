@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -250,7 +251,11 @@ def look(
 
 
 def check_columns(obs: pd.DataFrame, config: EvaluateConfig) -> None:
-    """Refuse columns and values that are not there."""
+    """Refuse columns and values that are not there, and columns named twice."""
+    for key in ("labels", "factors"):
+        twice = [name for name, n in Counter(getattr(config, key)).items() if n > 1]
+        if twice:
+            raise InputError(f"{key} names {twice[0]!r} twice")
     for name in (*config.labels, config.group, *([config.fold] if config.fold else [])):
         column(obs, name)
     for name in config.factors:

@@ -19,7 +19,7 @@ from imgshared.data.split import Split
 from imgshared.data.store import CellStore
 from imgshared.methods.base import Method
 from imgshared.training.checkpoint import Contract, load
-from imgshared.training.devices import make_fabric
+from imgshared.training.devices import is_there, make_fabric
 from imgshared.training.folder import best_path, last_path
 from imgshared.types import InputError
 
@@ -214,8 +214,8 @@ def load_run(path: str | Path, *, checkpoint: str = "best") -> Run:
             f"{path / 'config.yaml'} was changed after training, {file} does not fit it: {error}"
         ) from error
     wish = experiment.train.accelerator
-    here = wish != "cuda" or torch.cuda.is_available()  # trained on a GPU, opened where there is none
-    fabric = make_fabric(wish if here else "auto", experiment.train.precision)
+    # trained on a GPU, opened where there is none
+    fabric = make_fabric(wish if is_there(wish) else "auto", experiment.train.precision)
     method.to(fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     method.eval()
     nn.Module.requires_grad_(method, False)

@@ -16,6 +16,8 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
+from imgshared.types import InputError
+
 logging.getLogger("lightning_fabric").setLevel(
     logging.WARNING
 )  # its import sets INFO; `train` says the precision itself
@@ -43,10 +45,18 @@ def place_among_processes() -> tuple[int, int]:
 def make_fabric(
     accelerator: Literal["auto", "cpu", "cuda", "mps"], precision: Literal["auto", "float32", "bf16"]
 ) -> Fabric:
-    """Return a launched Fabric: one device, or under torchrun one a process (gloo on CPUs, NCCL on GPUs)."""
+    """Return a launched Fabric: one device, or under torchrun one a process (gloo on CPUs, NCCL on GPUs).
+
+    Raises
+    ------
+    InputError
+        For an accelerator that is not there.
+    """
     chosen = accelerator
     if chosen == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        chosen = "cuda" if is_there("cuda") else "mps" if is_there("mps") else "cpu"
+    if not is_there(chosen):
+        raise InputError(f"train.accelerator={chosen}: torch finds none here. Set it to auto or cpu")
     half = precision == "bf16" or (precision == "auto" and has_bf16(chosen))
     together = place_among_processes()[1] > 1 and not _alone.get()
     own = [int(os.environ.get("LOCAL_RANK", "0"))] if chosen == "cuda" else 1
@@ -59,6 +69,17 @@ def make_fabric(
     )
     fabric.launch()
     return fabric
+
+
+def is_there(accelerator: str) -> bool:
+    """Say whether torch finds a device of this kind, which "auto" always does."""
+    match accelerator:
+        case "cuda":
+            return torch.cuda.is_available()
+        case "mps":
+            return torch.backends.mps.is_available()
+        case _:
+            return True
 
 
 def has_bf16(accelerator: str) -> bool:

@@ -232,6 +232,8 @@ def test_classifiers_learn_in_folds_only_where_there_are_groups_enough(world, ru
     ("change", "message"),
     [
         ({"labels": ("drog",)}, "Did you mean 'drug'"),
+        ({"labels": ("drug", "switch", "drug")}, "labels names 'drug' twice"),
+        ({"factors": ("size", "size")}, "factors names 'size' twice"),
         ({"labels": ("one",)}, "'one' has one class"),
         ({"factors": ("image",)}, "holds no numbers"),
         ({"labels": ("drug",), "label_values": ("treted",)}, "Did you mean 'treated'"),

@@ -12,7 +12,7 @@ from imgshared import api
 from imgshared.config import EvaluateConfig, Experiment, RegressionConfig, dump, validate
 from imgshared.data.store import CellStore
 from imgshared.evaluation.calibrate import calibrate
-from imgshared.evaluation.imputability import assess, warnings_of
+from imgshared.evaluation.imputability import FILE, assess, warnings_of
 from imgshared.evaluation.judgeable import judgeable, sampled, unpaired, with_sources
 from imgshared.evaluation.refit import plan_folds
 from imgshared.prediction.trust import load_trust
@@ -104,6 +104,10 @@ def test_without_such_validation_cells_nothing_is_vouched_for_and_that_is_told(t
     assert np.isnan(load_trust(run.path).pixel_half).all()
     assess(run, apart)
     said = warnings_of(run, ["DNA", "P1"])
+    whole = (run.path / FILE).read_text()
+    (run.path / FILE).write_text(whole[:-3])
+    with pytest.raises(InputError, match=rf"{FILE} is damaged .*: remove it, and train --resume makes it again"):
+        warnings_of(run, ["P1"])
     assert len(said) == 1
     assert said[0].startswith("P1: no validation cell shows it beside DNA, so how far predictions from there")
 

@@ -128,6 +128,7 @@ def test_a_fold_that_was_cut_short_goes_on(linear, toy, nested, tmp_path):
     [
         ({"folds": 6}, "6 folds need 6 values of 'group', there are 5"),
         ({"allow_seen_groups": True}, "never saw it anyway"),
+        ({"train_on": "test"}, "train_on=test: classifiers of a nested study learn from what taught"),
         ({"labels": ["lebel"]}, "Did you mean 'label'"),
     ],
 )
