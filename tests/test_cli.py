@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -7,14 +8,18 @@ import anndata
 import numpy as np
 import pytest
 import tifffile
+import torch
 import yaml
 
+from imgshared import api, demo
 from imgshared.cli import KINDS, main
 from imgshared.config import Experiment, load
 from imgshared.data.store import CellStore
+from imgshared.evaluation import controls
+from imgshared.prediction.export import KEY
 from imgshared.training.log import read_metrics
 
-VERBS = ("demo", "simulate", "prepare", "train", "predict", "evaluate", "config")
+VERBS = ("demo", "simulate", "prepare", "train", "ensemble", "predict", "export", "evaluate", "config")
 TINY = [
     "method.channels=[8,16,12]", "method.shared_channels=8", "method.shared_dim=8", "method.specific_dim=4",
     "method.latent_epochs=1", "method.encoder_epochs=1", "train.precision=float32", "train.accelerator=cpu",
@@ -160,6 +165,44 @@ def test_from_images_to_report(capsys, tmp_path, monkeypatch):
     assert "Leaking: do not cite" in (tmp_path / "seen" / "report.html").read_text()
     assert main(["evaluate", "runs/tiny", "cells.zarr", "--refit", "--fold", "2", "folds=2", "--out", "nested"]) == 0
     assert [p.name for p in (tmp_path / "nested" / "folds").iterdir()] == ["fold_2"]
+
+
+def test_the_demo_ends_in_a_report_and_is_not_written_over(capsys, tmp_path, monkeypatch):
+    tiny = {
+        "markers": ["DNA", "LaminB1"],
+        "split": {"test": ["D03", "D04"], "val": ["D02"]},
+        "method": {"name": "apollo", "channels": [8, 16, 12], "shared_channels": 8, "shared_dim": 8, "specific_dim": 4,
+                   "latent_epochs": 1, "encoder_epochs": 1},
+        "train": {"precision": "float32", "accelerator": "cpu"},
+    }  # fmt: skip
+    simulate = api.simulate
+    monkeypatch.setattr(demo, "EXPERIMENT", tiny)
+    monkeypatch.setattr(api, "simulate", lambda out, **_: simulate(out, cells=48, donors=4, field_px=192))
+    monkeypatch.setattr(controls, "COUNT", {"features": 1})
+    out = tmp_path / "demo"
+    assert main(["demo", str(out)]) == 0
+    page = (out / "report" / "report.html").read_text()
+    assert str(out / "report" / "report.html") in capsys.readouterr().out
+    assert all(name in page for name in ("LaminB1", "treatment", "drug", *demo.SHARED, *demo.SPECIFIC))
+    assert anndata.read_zarr(out / "predictions.zarr").shape == (len(CellStore(out / "cells.zarr")), 1)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert "exists and is not empty" in fails(capsys, "demo", out)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+def test_a_run_is_exported_to_one_file(capsys, tmp_path, toy_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text("method: {name: regression, channels: [8, 12], epochs: 1}\n")
+    words = ["train.precision=float32", "train.accelerator=cpu", "split.val=[g3]", "split.test=[g4]"]
+    assert main(["train", "r.yaml", f"data={toy_path}", *words]) == 0
+    capsys.readouterr()
+    assert main(["export", "runs/r", "r.pt2", "markers=[P2]"]) == 0
+    assert capsys.readouterr().out == "r.pt2\n"
+    about = {KEY: ""}
+    torch.export.load("r.pt2", extra_files=about)
+    said = json.loads(about[KEY])
+    assert (said["sources"], said["targets"]) == (["DNA"], ["P2"])
+    assert "exists already" in fails(capsys, "export", "runs/r", "r.pt2")
 
 
 def test_a_full_disk_is_named_by_every_command(capsys, tmp_path, monkeypatch):

@@ -142,9 +142,18 @@ def test_predict_writes_uncertainty_oddness_and_whether_to_abstain(sure, toy, tm
         frames = file.asarray()
     assert frames.shape[1] == 3 + 2 * 3 + 1
     cells = np.flatnonzero(image == image[0])
+    np.testing.assert_array_equal(frames[:, 5:7], found.obsm["interval_images"][cells])
     inside = toy.masks(cells)
     for channel, values in ((7, found.layers["abstain"][cells, 0]), (9, found.obs["ood"].to_numpy()[cells])):
         np.testing.assert_allclose(frames[:, channel], values[:, None, None] * inside, rtol=1e-6)
+
+
+def test_written_intervals_are_the_half_widths_in_raw_units(sure, toy, tmp_path):
+    found = anndata.read_zarr(api.predict(sure, toy, tmp_path / "p.zarr", intervals=True))
+    trust, done, known = load_trust(sure.path), predict_cells(sure, toy), sure.normaliser
+    for k, c in enumerate((1, 2)):
+        want = trust.pixels(done, c) * (known.high[c] - known.low[c])
+        np.testing.assert_allclose(found.obsm["interval_images"][:, k], want, rtol=1e-3)
 
 
 def test_a_stain_that_no_calibration_cell_showed_is_never_vouched_for(sure):

@@ -7,13 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tifffile
+import torch
 import zarr
 from yaozarrs import v05
 
 from imgshared import api
-from imgshared.config import CutConfig, SlideConfig
+from imgshared.config import CutConfig, SlideConfig, TranslatorConfig, TranslatorWeights
 from imgshared.data.ngff import open_ngff
+from imgshared.evaluation.calibrate import calibrate
 from imgshared.prediction import predict_image
+from imgshared.prediction.trust import load_trust
 from imgshared.slides import predict as module
 from imgshared.slides import predict_slide
 from imgshared.slides.job import clipped
@@ -52,11 +55,19 @@ def test_the_image_says_what_it_is(run, pixels, write_tiff, tmp_path):
     assert [c.label for c in known.omero.channels] == ["DNA", "P1", "P1_imputed", "P2_imputed"]
     looks = [(c.window.start, c.window.end) for c in known.omero.channels]
     assert looks[1] == looks[2]  # real and predicted in the same contrast
+    assert {(c.window.min, c.window.max) for c in known.omero.channels} == {(0, 65535)}
+    assert [c.color for c in known.omero.channels] == ["0072B2", "E69F00", "009E73", "CC79A7"]
     assert [a.shape for _, a in sorted(group.arrays())] == [(4, 1400, 1060), (4, 700, 530)]
     assert group["0"].shards == (1, 512, 512)
     np.testing.assert_array_equal(group["0"][:2], np.tile(pixels, (1, 2, 2)))
     means = group["0"][:].astype(float).reshape(4, 700, 2, 530, 2).mean((2, 4))
     assert np.abs(group["1"][:] - means).max() <= 0.5
+    finest, coarser = (
+        [t.model_dump(mode="json") for t in level.coordinateTransformations] for level in known.multiscales[0].datasets
+    )
+    assert finest == [{"type": "scale", "scale": [1, 0.5, 0.5]}, {"type": "translation", "translation": [0, 0, 0]}]
+    # The middle of the first of the coarser pixels, between those of the four finer ones.
+    assert coarser == [{"type": "scale", "scale": [1, 1, 1]}, {"type": "translation", "translation": [0, 0.25, 0.25]}]
     about = group.attrs["imgshared"]
     assert (about["imputed"], about["uncertainty"]) == (["P1_imputed", "P2_imputed"], [])
     assert about["sources"] == ["DNA"]
@@ -111,6 +122,30 @@ def test_sharp_and_intervals_and_fewer_markers(run, pixels, write_tiff, tmp_path
     assert (predicted(out)[2:] > 0).all()
     with pytest.raises(InputError, match="no calibration for these sources and the mean output"):
         predict_slide(run, path, tmp_path / "x.ome.zarr", SlideConfig(intervals=True, sources=("DNA", "P1")))
+
+
+@pytest.mark.parametrize("head", ["mean", "laplace"])
+def test_uncertainties_are_the_half_widths_in_raw_units(untrained, toy, pixels, write_tiff, tmp_path, head):
+    """By the predicted scale where there is one, else by the mean."""
+    weights = TranslatorWeights(adversarial=0.0, sharp=0.0)
+    config = TranslatorConfig(channels=(8, 12), marker_dim=4, head=head, weights=weights)
+    (tmp_path / "run").mkdir()
+    run = replace(untrained(config), path=tmp_path / "run")
+    calibrate(run, toy)
+    slide = pixels[:, :256, :256]
+    path = write_tiff(tmp_path / "s.ome.tif", slide)
+    out = predict_slide(run, path, tmp_path / "o.ome.zarr", SlideConfig(intervals=True, dtype="float32"))
+    known, trust, given = run.normaliser, load_trust(run.path), torch.tensor([True, False, False])
+    raw = torch.from_numpy(np.pad(slide[:1], ((0, 2), (0, 0), (0, 0))).astype(np.float32))
+    with torch.inference_mode():
+        guess = run.method.translate(known.forward(raw)[None] * given[:, None, None], given[None], (1, 2))
+    assert (guess.scale is None) == (head == "mean")
+    driver = (guess.mean if guess.scale is None else guess.scale)[0].numpy()
+    for k, c in enumerate((1, 2)):
+        want = trust.half_widths(driver[k], c) * (known.high[c] - known.low[c])
+        assert len(np.unique(want)) > 4
+        same = np.isclose(predicted(out)[2 + k], want, rtol=1e-3)
+        assert same.mean() > 0.999  # a driver at a bin's edge may round into the next
 
 
 def test_glass_is_neither_read_nor_predicted(run, pixels, write_tiff, tmp_path, monkeypatch):

@@ -100,6 +100,7 @@ def ranks_of(launcher):
     return found
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_a_killed_rank_costs_its_unfinished_tiles_alone(run_folder, slide, straight, in_two_processes, tmp_path):
     out = tmp_path / "o.ome.zarr"
     partial = tmp_path / "o.ome.zarr.partial"
