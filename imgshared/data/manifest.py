@@ -24,7 +24,9 @@ PLATE_COLUMNS = ("plate", "Metadata_Plate")
 CELL_IMAGE_COLUMNS = (*IMAGE_COLUMNS, "image_id", "roi", "fov", "field")
 CELL_LABEL_COLUMNS = ("label", "cell_label", "cell", "cell_id", "object", "ObjectNumber", "Metadata_ObjectNumber")
 FILE, FOLDER = "FileName_", "PathName_"  # CellProfiler's and Cell Painting's: one file a channel, a column each
-RESERVED = ("cell_id", "image", "group", "label", "centroid_y_px", "centroid_x_px", "area_px")  # obs columns of prepare
+# Columns of obs that prepare or anndata write.
+RESERVED = ("cell_id", "image", "group", "label", "centroid_y_px", "centroid_x_px", "area_px", "_size", "_index")
+MISSING = ("", "NA", "NaN", "nan", "<NA>", "#N/A")  # of pandas' words, without None, null and N/A: these may be classes
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class ManifestRow:
     image
         Its id: the file name without extension where that is unique, otherwise the path as written.
     written
-        The path as the manifest writes it.
+        The path as the manifest writes it; that of its first channel where it has a file for each.
     path
         The file or folder.
     files
@@ -85,7 +87,8 @@ def read_manifest(
     Raises
     ------
     InputError
-        Where the manifest or a file it names is missing, a column is missing, it is empty, or an image occurs twice.
+        Where the manifest or a file it names is missing, a column is missing or cannot be stored by its name, it is
+        empty, or an image occurs twice.
     """
     table, text = _read_table(path)
     mask_column = _find_column(path, table, "mask", mask_column, MASK_COLUMNS)
@@ -93,7 +96,8 @@ def read_manifest(
     per_channel = [c for c in table.columns if c.startswith(FILE)]
     image_name = _find_column(path, table, "image", image_column, IMAGE_COLUMNS, required=not per_channel)
     if image_name is None or image_name in per_channel:
-        written, files = text[per_channel[0]], _channel_files(path, text, per_channel)
+        files = _channel_files(text, per_channel)
+        written = pd.Series([row[0][1] if row else None for row in files], name=" or ".join(per_channel))
     else:
         written, files = text[image_name], [()] * len(table)
     _check_filled(path, written)
@@ -103,8 +107,8 @@ def read_manifest(
         ManifestRow(
             image=images[i],
             written=written.iloc[i],
-            path=files[i][0][1] if files[i] else path.parent / written.iloc[i],
-            files=files[i],
+            path=path.parent / written.iloc[i],
+            files=tuple((channel, path.parent / file) for channel, file in files[i]),
             mask=_optional_path(path, text[mask_column].iloc[i]) if mask_column else None,
             group=groups[i] if groups else images[i],
             channels=_names(text["channels"].iloc[i]) if "channels" in text else (),
@@ -116,9 +120,7 @@ def read_manifest(
     used |= {found_group} if found_group == "group" else set()  # a column 'well' stays a label too
     labels = table[[c for c in table.columns if c not in used]].copy()
     labels.index = pd.Index(images, name="image")
-    clash = [c for c in labels.columns if c in RESERVED]
-    if clash:
-        raise InputError(f"{path}: imgshared writes {', '.join(clash)} itself: rename the column(s)")
+    _check_names(path, labels.columns)
     return Manifest(path, rows, labels, found_group)
 
 
@@ -151,16 +153,13 @@ def read_cells(
     Raises
     ------
     InputError
-        Where the table or a column is missing, a cell occurs twice, or no image is one of the manifest's.
+        Where the table or a column is missing or cannot be stored by its name, a cell occurs twice, an image may be
+        one or another of the manifest's, or none is one of them.
     """
     table, text = _read_table(path)
     image_column = _find_column(path, table, "image", image_column, CELL_IMAGE_COLUMNS, required=True)
     label_column = _find_column(path, table, "label", label_column, CELL_LABEL_COLUMNS, required=True)
-    known: dict[str, str] = {}
-    for key in (stem, lambda written: Path(written).name, str):  # the last wins: as written
-        known.update({key(row.written): row.image for row in rows})
-    known.update({row.image: row.image for row in rows})
-    images = text[image_column].map(known)
+    images = text[image_column].map(_known_images(path, rows, text[image_column]))
     if images.isna().all():
         there, here = text[image_column].iloc[0], rows[0].written
         raise InputError(f"{path}: no {image_column!r} is an image of the manifest: {there!r} here, {here!r} there")
@@ -169,14 +168,37 @@ def read_cells(
         raise InputError(f"{path}: column {label_column!r} must hold the integer labels of the masks")
     kept = images.notna()
     columns = table.loc[kept, [c for c in table.columns if c not in (image_column, label_column)]]
+    _check_names(path, columns.columns)
     columns.index = pd.MultiIndex.from_arrays([images[kept], labels[kept].astype(np.int64)], names=["image", "label"])
     if columns.index.has_duplicates:
         image, label = columns.index[columns.index.duplicated()][0]
         raise InputError(f"{path}: cell {label} of image {image!r} has more than one row")
-    clash = [c for c in columns.columns if c in RESERVED]
-    if clash:
-        raise InputError(f"{path}: imgshared writes {', '.join(clash)} itself: rename the column(s)")
     return CellTable(columns, int((~kept).sum()))
+
+
+def _known_images(path: Path, rows: Sequence[ManifestRow], used: pd.Series[str]) -> dict[str, str]:
+    """Return name -> image id, of images as written, by file name or without extension; refuse a name of several."""
+    exact = {row.written: row.image for row in rows} | {row.image: row.image for row in rows}
+    short: dict[str, list[ManifestRow]] = {}
+    for row in rows:
+        for name in {stem(row.written), Path(row.written).name} - exact.keys():
+            short.setdefault(name, []).append(row)
+    for name in used.dropna().unique():
+        if len(several := short.get(name, [])) > 1:
+            written = " or ".join(row.written for row in several[:3])
+            raise InputError(f"{path}: the image {name!r} is ambiguous, for the manifest has {len(several)} of that "
+                             f"name: write {written}")  # fmt: skip
+    return {name: claims[0].image for name, claims in short.items()} | exact
+
+
+def _check_names(path: Path, columns: pd.Index[str]) -> None:
+    """Refuse columns that a store cannot hold, now rather than when all pixels are read."""
+    if clash := [c for c in columns if c in RESERVED]:
+        raise InputError(f"{path}: imgshared writes {', '.join(clash)} itself: rename the column(s)")
+    if odd := [c for c in columns if "/" in c or not c.strip(".")]:
+        raise InputError(f"{path}: no column of a store can be named {', '.join(map(repr, odd))}: rename it, without /")
+    if columns.has_duplicates:
+        raise InputError(f"{path} has two columns {columns[columns.duplicated()][0]!r}: rename one")
 
 
 def _read_table(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -193,8 +215,9 @@ def _read_table(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             text = table.astype("string").astype(object)
         else:
             separator = "\t" if path.suffix.lower() in (".tsv", ".txt") else ","
-            table = pd.read_csv(path, sep=separator, low_memory=False)
-            text = pd.read_csv(path, sep=separator, dtype=str)
+            missing: dict[str, Any] = {"keep_default_na": False, "na_values": MISSING}
+            table = pd.read_csv(path, sep=separator, low_memory=False, **missing)
+            text = pd.read_csv(path, sep=separator, dtype=str, **missing)
     except pd.errors.EmptyDataError:
         raise InputError(f"{path} is empty") from None
     except (ValueError, OSError, pd.errors.ParserError) as error:
@@ -265,7 +288,8 @@ def _image_ids(path: Path, written: Sequence[str]) -> list[str]:
     return [s if alone else w for s, w, alone in zip(stems, written, unique, strict=True)]
 
 
-def _channel_files(path: Path, text: pd.DataFrame, columns: Sequence[str]) -> list[tuple[tuple[str, Path], ...]]:
+def _channel_files(text: pd.DataFrame, columns: Sequence[str]) -> list[tuple[tuple[str, str], ...]]:
+    """Return, for each row, (channel, folder and name of its file) of the channels that it has."""
     rows = []
     for _, row in text.iterrows():
         files = []
@@ -273,7 +297,7 @@ def _channel_files(path: Path, text: pd.DataFrame, columns: Sequence[str]) -> li
             channel = column[len(FILE) :]
             name, folder = row[column], row.get(FOLDER + channel)
             if isinstance(name, str) and name:
-                files.append((channel, path.parent / (folder if isinstance(folder, str) else "") / name))
+                files.append((channel, str(Path(folder if isinstance(folder, str) else "", name))))
         rows.append(tuple(files))
     return rows
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from imgshared.types import InputError
 
+# The surest first: H3 is a protein where a dye stains chromatin.
 CHROMATIN_NAMES = ("dna", "dapi", "hoechst", "hoechst33342", "draq5", "draq", "chromatin", "dna1", "h3")
 # Ends of the names of channels that a model has predicted, and of those that say how far to trust them.
 IMPUTED, UNCERTAINTY, ABSTAIN = "_imputed", "_uncertainty", "_abstain"
@@ -103,5 +104,6 @@ class Panel:
 
 
 def guess_chromatin(markers: Sequence[str]) -> str | None:
-    """Return the first marker whose name is a usual one for a chromatin stain, or None."""
-    return next((m for m in markers if m.lower().replace(" ", "").replace("-", "") in CHROMATIN_NAMES), None)
+    """Return the marker that has the surest of the usual names of a chromatin stain, or None."""
+    named = {m.lower().replace(" ", "").replace("-", ""): m for m in reversed(markers)}
+    return next((named[name] for name in CHROMATIN_NAMES if name in named), None)

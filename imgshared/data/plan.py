@@ -4,8 +4,9 @@ written, and refuses what cannot be used before any work is done."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,12 +57,15 @@ def make_plan(
     """Read all headers, fix panel, dtype and pixel size, and refuse what cannot be used."""
     known = _known(aliases)
     opened = _open_all(table, channels, pattern)
+    _refuse_shared_files(table, opened)
     held = [_markers_of(row, file, known) for row, file in zip(table.rows, opened, strict=True)]
     panel = _panel(list(dict.fromkeys(m for names in held for m in names)), chromatin, markers, aliases)
+    beside_it = {m for names in held if panel.chromatin in names for m in names}
+    others = {m for m in beside_it if guess_chromatin([panel.chromatin, m]) == panel.chromatin}  # H3 beside DAPI
     first, sources = opened[0], []
     for row, file, names in zip(table.rows, opened, held, strict=True):
         if panel.chromatin not in names:
-            _refuse_without_chromatin(row, panel.chromatin, names)
+            _refuse_without_chromatin(row, panel.chromatin, names, others)
         if file.dtype != first.dtype:
             raise InputError(
                 f"{row.path} is {file.dtype}, but {table.rows[0].path} is {first.dtype}: raw intensities of one store "
@@ -89,11 +93,24 @@ def make_plan(
     return Plan(panel, tuple(sources), first.dtype, size, tuple(warnings))
 
 
-def _refuse_without_chromatin(row: ManifestRow, chromatin: str, names: Iterable[str]) -> None:
-    """Refuse an image without chromatin that has it by another name, or no mask to find its cells by."""
+def _refuse_shared_files(table: Manifest, opened: Sequence[ImageFile]) -> None:
+    """Refuse two rows that read one file: the same cells would be in the store twice, and in both their groups."""
+    read_by: dict[Path, ManifestRow] = {}
+    for row, file in zip(table.rows, opened, strict=True):
+        for part in (file.path, *file.files, *file.beside):
+            other = read_by.setdefault(part.resolve(), row)
+            if other is not row:
+                raise InputError(
+                    f"{table.path}: {other.written} and {row.written} are one image, for both read {part}: keep one "
+                    "of the two rows"
+                )
+
+
+def _refuse_without_chromatin(row: ManifestRow, chromatin: str, names: Iterable[str], others: Collection[str]) -> None:
+    """Refuse an image without chromatin that has it by a name that is none of `others`, or no mask to find cells by."""
     lacks = f"{row.path} lacks the chromatin marker {chromatin!r}: it holds {', '.join(names)}"
-    if other := guess_chromatin([*names]):
-        raise InputError(f"{lacks}. If {other} is the same, say so: aliases={{{chromatin}: [{other}]}}")
+    if same := guess_chromatin([name for name in names if name not in others]):
+        raise InputError(f"{lacks}. If {same} is the same, say so: aliases={{{chromatin}: [{same}]}}")
     if row.mask is None:
         raise InputError(f"{lacks}, and without a mask of its nuclei or cells nothing tells where these are")
 

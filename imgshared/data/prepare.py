@@ -43,6 +43,8 @@ class PrepareSummary:
         How many were read and kept.
     dropped
         Reason -> cells.
+    chromatin
+        The marker that was taken for chromatin.
     measured
         Marker -> cells in which it was stained.
     intensity
@@ -55,6 +57,7 @@ class PrepareSummary:
     images: int
     cells: int
     dropped: Mapping[str, int]
+    chromatin: str
     measured: Mapping[str, int]
     intensity: Mapping[str, Mapping[str, float]]
     warnings: tuple[str, ...] = ()
@@ -62,7 +65,7 @@ class PrepareSummary:
     def __str__(self) -> str:
         columns = ("min", "p1", "p50", "p99", "max")
         width = max(len("marker"), *map(len, self.measured))
-        lines = [f"{self.path}: {self.cells} cells of {self.images} images", ""]
+        lines = [f"{self.path}: {self.cells} cells of {self.images} images, chromatin is {self.chromatin}", ""]
         lines.append(f"{'marker':<{width}} {'measured':>9}" + "".join(f"{c:>11}" for c in columns))
         for marker, count in self.measured.items():
             values = self.intensity.get(marker) or {}
@@ -334,8 +337,9 @@ class _Tally:
             info=info,
         )
         return PrepareSummary(
-            self.writer.path, len(plan.sources), len(obs), dict(self.dropped), counts, ranges, self._warnings()
-        )
+            self.writer.path, len(plan.sources), len(obs), dict(self.dropped), plan.panel.chromatin, counts, ranges,
+            self._warnings(),
+        )  # fmt: skip
 
     def _check_any(self, manifest: Manifest) -> None:
         look = f" The outlines are in {self.pictures}." if self.pictures else ""

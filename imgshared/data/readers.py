@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from imgshared.data.ngff import is_ngff, open_ngff
 from imgshared.data.planes import open_planes
-from imgshared.data.tiff import names_and_pixel_size, open_tiff, shape_of
+from imgshared.data.tiff import names_and_pixel_size, open_tiff, other_files, shape_of
 from imgshared.types import InputError
 
 DTYPES = ("uint8", "uint16", "float32")
@@ -44,6 +44,8 @@ class ImageFile:
         Micrometres a pixel, None where the file does not say.
     files
         One file a channel; empty where `path` is one file that holds all channels.
+    beside
+        Files that hold a part of it beside `path`, where an OME-TIFF has several.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class ImageFile:
     dtype: np.dtype[Any]
     pixel_size_um: float | None = None
     files: tuple[Path, ...] = ()
+    beside: tuple[Path, ...] = ()
 
     def read(self, channels: Sequence[str] | None = None) -> NDArray[Any]:
         """Read the named channels, all where None: (C, Y, X) in the file's dtype.
@@ -202,7 +205,8 @@ def _open_file(path: Path) -> ImageFile:
         if not is_ngff(path):
             raise InputError(f"{path} is a folder, not an image")
         known = open_ngff(path)
-        return ImageFile(path, known.channels, known.shape, known.dtype, known.pixel_size_um)
+        dtype = known.dtype.newbyteorder("=")  # as `native` gives the pixels
+        return ImageFile(path, known.channels, known.shape, dtype, known.pixel_size_um)
     suffix = path.suffix.lower()
     if suffix in PILLOW_SUFFIXES:
         return _open_png(path)
@@ -216,6 +220,8 @@ def _open_png(path: Path) -> ImageFile:
     try:
         with Image.open(path) as image:
             mode, (x, y) = image.mode, image.size
+    except Image.DecompressionBombError:
+        raise InputError(f"{path} is a PNG of more than 178 megapixels: save it as a tiled TIFF") from None
     except (UnidentifiedImageError, OSError) as error:
         raise InputError(f"{path} is damaged or no image ({error})") from error
     if mode not in dtypes:
@@ -227,9 +233,10 @@ def _open_tiff(path: Path) -> ImageFile:
     with open_tiff(path) as tiff:
         shape, (names, size) = shape_of(path, tiff), names_and_pixel_size(path, tiff)
         dtype = np.dtype(tiff.series[0].dtype)
+        beside = tuple(path.parent / name for name in other_files(path, tiff))
     if names and len(names) != shape[0]:
         raise InputError(f"{path} holds {shape[0]} channel(s), but its metadata names {len(names)}: {', '.join(names)}")
-    return ImageFile(path, names, shape, dtype, size)
+    return ImageFile(path, names, shape, dtype, size, beside=beside)
 
 
 def read_planes(path: Path, indices: Sequence[int]) -> NDArray[Any]:

@@ -8,6 +8,7 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import tifffile
@@ -64,7 +65,7 @@ def _check_file(path: Path, tiff: tifffile.TiffFile) -> None:
 
 def _check_image(path: Path, tiff: tifffile.TiffFile) -> None:
     """Refuse an image of which files or planes are not there: tifffile would read zeros."""
-    others = _other_files(path, tiff) if tiff.is_ome else []
+    others = other_files(path, tiff)
     lost = [name for name in others if not (path.parent / name).is_file()]
     if lost:
         told = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
@@ -93,8 +94,8 @@ def _check_image(path: Path, tiff: tifffile.TiffFile) -> None:
             raise InputError(f"{page.parent.filehandle.path} holds {mine}, the rest of its image {rest}")
 
 
-def _other_files(path: Path, tiff: tifffile.TiffFile) -> list[str]:
-    """Return the files beside `path` in which its first image lies, by its OME metadata."""
+def other_files(path: Path, tiff: tifffile.TiffFile) -> list[str]:
+    """Return the names of files beside `path` in which its first image lies, by its OME metadata."""
     root = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
     image, found = root.find("{*}Image"), dict[str, None]()
     for uuid in image.iterfind("{*}Pixels/{*}TiffData/{*}UUID") if image is not None else ():
@@ -118,7 +119,7 @@ def shape_of(path: Path, tiff: tifffile.TiffFile) -> tuple[int, int, int]:
     Raises
     ------
     InputError
-        Where it holds focal planes, time points, colours or other axes.
+        Where it holds focal planes, time points, colours, other axes, or several images.
     """
     series = tiff.series[0]
     if apart := series_apart(tiff):
@@ -132,7 +133,24 @@ def shape_of(path: Path, tiff: tifffile.TiffFile) -> tuple[int, int, int]:
     stack = [n for axis, n in sizes.items() if axis not in "YX" and n > 1]
     if len(stack) > 1 or "Y" not in sizes or "X" not in sizes:
         raise InputError(f"{path} has axes {series.axes} {series.shape}: it should be channels, rows and columns (CYX)")
+    if more := _images_beside_the_first(tiff):
+        raise InputError(
+            f"{path} holds {more + 1} images, of which only the first would be read: save each to a file of its own "
+            f"(bfconvert -series 1 {path.name} second.ome.tif)"
+        )
     return stack[0] if stack else 1, sizes["Y"], sizes["X"]
+
+
+def _images_beside_the_first(tiff: tifffile.TiffFile) -> int:
+    """Count the file's other images that are like its first; labels and overviews of a scanner are not."""
+
+    def kind(series: tifffile.TiffPageSeries) -> tuple[Any, ...]:
+        stack = [n for axis, n in zip(series.axes, series.shape, strict=True) if axis not in "YX"]
+        return series.axes, series.dtype, stack
+
+    first, *others = tiff.series
+    alike = [s for s in others if tiff.is_ome and kind(s) == kind(first)]
+    return sum(any(page is not None and page.parent is tiff for page in s) for s in alike)
 
 
 def names_and_pixel_size(path: Path, tiff: tifffile.TiffFile) -> tuple[tuple[str, ...], float | None]:

@@ -78,6 +78,9 @@ def test_image_ids_stay_unique(tmp_path):
         ("image,mask\na.tif,m1.tif\nc.tif,\n", {}, r"names 2 file\(s\) that do not exist: .*m1\.tif, .*c\.tif"),
         ("image,group\na.tif,\nb.tif,1\n", {}, r"row 1 has no 'group'"),
         ("image,label\na.tif,7\n", {}, r"imgshared writes label itself"),
+        ("image,_index\na.tif,7\n", {}, r"imgshared writes _index itself: rename"),
+        ("image,um/px\na.tif,7\n", {}, r"m\.csv: no column of a store can be named 'um/px': rename it, without /"),
+        ("image,dose, dose\na.tif,7,8\n", {}, r"m\.csv has two columns 'dose': rename one"),
     ],
 )
 def test_errors_name_the_culprit(tmp_path, text, options, message):
@@ -113,9 +116,55 @@ def test_cells_match_images_by_any_of_their_names(tmp_path, key):
         ("roi,label\na,x\n", r"column 'label' must hold the integer labels"),
         ("roi,type\na,x\n", r"c\.csv has no label column.*It has: roi, type"),
         ("roi,label,area_px\na,1,2\n", r"imgshared writes area_px itself"),
+        ("roi,label,N/C\na,1,2\n", r"c\.csv: no column of a store can be named 'N/C': rename"),
     ],
 )
 def test_cell_table_errors(tmp_path, text, message):
     rows = read_manifest(write(tmp_path, "image\na.tif\n")).rows
     with pytest.raises(InputError, match=message):
         read_cells(write(tmp_path, text, (), "c.csv"), rows)
+
+
+def test_a_name_of_several_images_is_ambiguous_in_a_table_of_cells(tmp_path):
+    files = ("a/i.ome.tif", "b/i.ome.tif", "c.tif")
+    rows = read_manifest(write(tmp_path, "image\n" + "\n".join(files), files)).rows
+    for name in ("i.ome.tif", "i"):
+        table = write(tmp_path, f"image,label,type\nc,1,T\n{name},1,T\n", (), "c.csv")
+        with pytest.raises(
+            InputError, match=rf"'{name}' is ambiguous, .* 2 of .* write a/i\.ome\.tif or b/i\.ome\.tif"
+        ):
+            read_cells(table, rows)
+    table = read_cells(write(tmp_path, "image,label,type\nc,1,T\na/i.ome.tif,1,B\n", (), "c.csv"), rows)
+    assert table.join("a/i.ome.tif", np.array([1]))[0]["type"].tolist() == ["B"]
+    assert not table.join("b/i.ome.tif", np.array([1]))[1].any()
+
+
+def test_classes_called_none_are_classes_and_numbers_stay_numbers(tmp_path):
+    drugs, doses = ("None", "null", "N/A", "", "NA"), ("0.5", "", "nan", "NA", "2")
+    text = "\n".join(f"{i}.tif,{drug},{dose}" for i, (drug, dose) in enumerate(zip(drugs, doses, strict=True)))
+    labels = read_manifest(write(tmp_path, "image,drug,dose\n" + text, [f"{i}.tif" for i in range(5)])).labels
+    assert labels["drug"].tolist()[:3] == ["None", "null", "N/A"]
+    assert labels["drug"].isna().tolist() == [False] * 3 + [True] * 2
+    assert labels["dose"].dtype == np.float64
+    assert labels["dose"].isna().tolist() == [False, True, True, True, False]
+
+
+PLATES = ("p1/d.tif", "p2/d.tif", "p2/e.tif")
+
+
+def test_cell_painting_files_of_two_plates_have_the_same_names(tmp_path):
+    text = "FileName_DNA,PathName_DNA,Metadata_Plate,Metadata_Well\nd.tif,p1,P1,A01\nd.tif,p2,P2,A01\n"
+    rows = read_manifest(write(tmp_path, text, PLATES)).rows
+    assert [(r.image, r.group) for r in rows] == [("p1/d.tif", "P1_A01"), ("p2/d.tif", "P2_A01")]
+    assert [r.path for r in rows] == [tmp_path / "p1/d.tif", tmp_path / "p2/d.tif"]
+
+
+def test_cell_painting_images_may_lack_the_first_channel_but_not_all(tmp_path):
+    text = "FileName_DNA,PathName_DNA,FileName_ER,PathName_ER\nd.tif,p1,,\n,,e.tif,p2\n"
+    rows = read_manifest(write(tmp_path, text, PLATES)).rows
+    assert [(r.image, r.files) for r in rows] == [
+        ("d", (("DNA", tmp_path / "p1/d.tif"),)),
+        ("e", (("ER", tmp_path / "p2/e.tif"),)),
+    ]
+    with pytest.raises(InputError, match="row 3 has no 'FileName_DNA or FileName_ER'"):
+        read_manifest(write(tmp_path, text + ",p1,,p1\n", PLATES))

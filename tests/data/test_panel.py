@@ -31,7 +31,14 @@ def test_chromatin_must_be_a_marker():
 
 
 @pytest.mark.parametrize(
-    ("markers", "found"), [(["CD3", "Hoechst 33342"], "Hoechst 33342"), (["DNA1", "x"], "DNA1"), (["CD3"], None)]
+    ("markers", "found"),
+    [
+        (["CD3", "Hoechst 33342"], "Hoechst 33342"),
+        (["DNA1", "x"], "DNA1"),
+        (["CD3"], None),
+        (["H3", "DAPI"], "DAPI"),
+        (["H3"], "H3"),
+    ],
 )
 def test_guess_chromatin(markers, found):
     assert guess_chromatin(markers) == found

@@ -159,6 +159,13 @@ def test_truncated_png(tmp_path):
         open_image(tmp_path / "DNA.png", names=["DNA"]).read()
 
 
+def test_a_png_too_large_for_pillow(tmp_path, monkeypatch):
+    Image.fromarray(pixels()[0]).save(tmp_path / "DNA.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputError, match=r"DNA\.png is a PNG of more than 178 megapixels: save it as a tiled TIFF"):
+        open_image(tmp_path / "DNA.png", names=["DNA"])
+
+
 @pytest.mark.parametrize("name", ["a.tif", "a.png", "a.txt", "none.tif"])
 def test_not_an_image(tmp_path, name):
     if name[0] == "a":

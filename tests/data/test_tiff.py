@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 
+from imgshared.data.prepare import prepare
 from imgshared.data.readers import open_image
 from imgshared.data.windows import windows
 from imgshared.types import InputError
@@ -111,3 +112,29 @@ def test_another_image_is_not_taken_for_that_of_the_file(tmp_path):
     np.testing.assert_array_equal(open_image(tmp_path / "p0.ome.tif").read(), data)
     with pytest.raises(InputError, match=r"p1\.ome\.tif: the first image of its metadata lies in other files \(p0"):
         open_image(tmp_path / "p1.ome.tif")
+
+
+def write_images(path, *images):
+    with tifffile.TiffWriter(path, ome=True) as tiff:
+        for data in images:
+            tiff.write(data, photometric="rgb" if data.shape[-1] == 3 else "minisblack")
+    return path
+
+
+def test_a_file_of_several_images_is_refused(tmp_path):
+    path = write_images(tmp_path / "a.ome.tif", pixels(), pixels()[:, :50], pixels())
+    with pytest.raises(InputError, match=r"a\.ome\.tif holds 3 images, .* only the first .*bfconvert -series 1 a\.ome"):
+        open_image(path, names=NAMES)
+
+
+def test_the_label_and_overview_of_a_scanner_are_no_images_of_cells(tmp_path):
+    label, overview = np.zeros((20, 30, 3), np.uint8), pixels()[0, :20]
+    path = write_images(tmp_path / "a.ome.tif", pixels(), label, overview)
+    np.testing.assert_array_equal(open_image(path, names=NAMES).read(), pixels())
+
+
+def test_two_files_of_an_image_are_not_two_images_of_a_manifest(tmp_path):
+    first, second, _ = write_set(tmp_path, pixels())
+    (tmp_path / "m.csv").write_text(f"image,group\n{first.name},d1\n{second.name},d2\n")
+    with pytest.raises(InputError, match=r"m\.csv: s_DNA\.ome\.tif and s_LaminB1\.ome\.tif are one image.* keep one"):
+        prepare(tmp_path / "m.csv", tmp_path / "out.zarr")

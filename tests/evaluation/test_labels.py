@@ -34,6 +34,12 @@ def test_missing_and_unwanted_values_are_counted():
     assert (label.codes >= 0).sum() == 30
 
 
+def test_a_class_called_none_is_no_missing_value():
+    label = read_label(obs.assign(drug=obs["drug"].replace("a", "None")), "drug")
+    assert label.classes == ("None", "b", "c")
+    assert label.missing == 15
+
+
 def test_unknown_label_names_the_nearest():
     with pytest.raises(InputError, match="Did you mean 'drug'"):
         read_label(obs, "drugs")
