@@ -24,13 +24,15 @@ import pandas as pd
 import zarr
 from numpy.typing import NDArray
 
+from imgshared.data.intact import damage_told, promise_every_chunk, refuse_lost_chunks
 from imgshared.data.panel import Panel
+from imgshared.data.place import partial_of, put_in_place
 from imgshared.types import InputError
 
 IMAGES, MASKS = "single_cell_images", "cell_masks"
 CHUNK_BYTES = 256 * 1024  # a few crops: training reads cells at random
 SHARD_CHUNKS = 64  # one file holds many chunks: few files for millions of cells
-COMPLETE = "imgshared-complete"
+COMPLETE = "imgshared-complete"  # attribute of the whole: false while it is written
 
 
 class StoreWriter:
@@ -38,24 +40,24 @@ class StoreWriter:
 
     Everything is written beside, into ``<path>.partial``, and renamed when it is whole: an interrupted run leaves no
     store that looks whole. As a context manager it also removes what is unfinished on leaving, and says where the disk
-    was full. Memory holds one shard an array, whatever the number of cells.
+    was full. Memory holds one shard an array, whatever the number of cells. Empty chunks are written too, so that a
+    lost one can be told.
 
     Parameters
     ----------
     path
-        The store to write, a folder.
+        The store to write, a folder; of a link, what it leads to.
     overwrite
         Replace an existing store; otherwise refuse it with `InputError`. Anything but a store is always refused.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
-        self.path, self.partial = Path(path), Path(f"{path}.partial")
+        self.path, self.partial = Path(path), partial_of(Path(path))
         refuse_existing(self.path, overwrite)
-        if self.partial.exists():
-            shutil.rmtree(self.partial)
+        shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.parent.mkdir(parents=True, exist_ok=True)
-        self._root = zarr.open_group(self.partial, mode="w", zarr_format=3)
-        self._root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        about: dict[str, Any] = {"encoding-type": "anndata", "encoding-version": "0.1.0", COMPLETE: False}
+        self._root = zarr.open_group(self.partial, mode="w", zarr_format=3, attributes=about)
         for name in ("obsm", "layers", "varm", "obsp", "varp"):
             self._root.create_group(name).attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
         self._arrays: dict[str, zarr.Array[Any]] = {}
@@ -85,6 +87,7 @@ class StoreWriter:
                     chunks=(chunk, *tail),
                     shards=(chunk * SHARD_CHUNKS, *tail),
                     dtype=block.dtype,
+                    config={"write_empty_chunks": True},
                 )
                 self._arrays[name].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
                 self._pending[name] = []
@@ -120,7 +123,7 @@ class StoreWriter:
         """
         for name in self._arrays:
             self._flush(name, whole_shards=False)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), zarr.config.set({"array.write_empty_chunks": True}):
             warnings.simplefilter("ignore")  # zarr announces its future sharding default on every table
             write = anndata.io.write_elem
             write(self._root, "obs", obs)
@@ -131,6 +134,7 @@ class StoreWriter:
             for name, small in obsm.items():
                 write(self._root["obsm"], name, small)
             write(self._root, "uns", {"imgshared": json.dumps({**info, "data_hash": self._hash.hexdigest()})})
+        promise_every_chunk(self._root)
         self._root.attrs[COMPLETE] = True
         put_in_place(self.partial, self.path)
         return self.path
@@ -153,15 +157,18 @@ class CellStore:
     Raises
     ------
     InputError
-        Where the path is no store, or one that an interrupted run left behind.
+        Where the path is no store, one that an interrupted run left behind, or one that lacks files. Whatever is read
+        of it later raises it too where it is damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._root = _open_complete(self.path)
-        self.info: dict[str, Any] = json.loads(anndata.io.read_elem(self._root["uns"])["imgshared"])
-        self.obs: pd.DataFrame = anndata.io.read_elem(self._root["obs"])
-        self.measured: NDArray[np.bool_] = anndata.io.read_elem(self._root["layers/measured"])
+        with damage_told(self.path):
+            refuse_lost_chunks(self.path, self._root)
+            self.info: dict[str, Any] = json.loads(anndata.io.read_elem(self._root["uns"])["imgshared"])
+        self.obs: pd.DataFrame = self._table("obs")
+        self.measured: NDArray[np.bool_] = self._table("layers/measured")
 
     def __len__(self) -> int:
         return len(self.obs)
@@ -180,7 +187,7 @@ class CellStore:
                 f"{self.path} holds predictions, not measured cells: give the store that they were made of, "
                 f"{self.info.get('store')}"
             )
-        var: pd.DataFrame = anndata.io.read_elem(self._root["var"])
+        var: pd.DataFrame = self._table("var")
         aliases = {str(m): tuple(str(text).split(";")) for m, text in var["aliases"].items() if text}
         chromatin = var.index[var["chromatin"].to_numpy(bool)]
         if not len(chromatin):
@@ -190,7 +197,7 @@ class CellStore:
     @property
     def markers(self) -> tuple[str, ...]:
         """The markers of `var`, in channel order."""
-        return tuple(map(str, anndata.io.read_elem(self._root["var"]).index))
+        return tuple(map(str, self._table("var").index))
 
     @property
     def crop_px(self) -> int:
@@ -220,7 +227,7 @@ class CellStore:
     @property
     def mean_intensity(self) -> NDArray[np.float32]:
         """(N, C) mean raw intensity in each cell's mask, NaN where not measured."""
-        return np.asarray(anndata.io.read_elem(self._root["X"]), np.float32)
+        return np.asarray(self._table("X"), np.float32)
 
     def images(self, cells: NDArray[np.integer[Any]] | slice = slice(None)) -> NDArray[Any]:
         """Read crops: (n, C, Y, X) in raw intensities; zero where a marker is not measured."""
@@ -236,25 +243,35 @@ class CellStore:
 
     def layers(self) -> dict[str, NDArray[Any]]:
         """Read all layers, each (N, C)."""
-        names = sorted(self._root["layers"].array_keys())  # type: ignore[union-attr]
-        return {name: np.asarray(anndata.io.read_elem(self._root[f"layers/{name}"])) for name in names}
+        return {name: np.asarray(self._table(f"layers/{name}")) for name in self._names("layers")}
 
     def obsm_names(self) -> list[str]:
         """Names of the `obsm` arrays."""
-        return sorted(self._root["obsm"].array_keys())  # type: ignore[union-attr]
+        return self._names("obsm")
 
     def anndata(self) -> anndata.AnnData:
         """Read the whole store into memory as an AnnData."""
-        return anndata.read_zarr(self.path)
+        with damage_told(self.path):
+            return anndata.read_zarr(self.path)
+
+    def _names(self, group: str) -> list[str]:
+        with damage_told(self.path):
+            return sorted(self._root[group].array_keys())  # type: ignore[union-attr]
+
+    def _table(self, name: str) -> Any:
+        with damage_told(self.path):
+            return anndata.io.read_elem(self._root[name])
 
     def _array(self, name: str) -> zarr.Array[Any]:
-        if f"obsm/{name}" not in self._root:
-            raise InputError(f"{self.path} holds no {name}: it is not a store that `imgshared prepare` wrote")
-        return self._root[f"obsm/{name}"]  # type: ignore[return-value]
+        with damage_told(self.path):
+            if f"obsm/{name}" not in self._root:
+                raise InputError(f"{self.path} holds no {name}: it is not a store that `imgshared prepare` wrote")
+            return self._root[f"obsm/{name}"]  # type: ignore[return-value]
 
     def _read(self, name: str, cells: NDArray[np.integer[Any]] | slice) -> NDArray[Any]:
         array = self._array(name)
-        return np.asarray(array[cells]) if isinstance(cells, slice) else read_rows(array, cells)
+        with damage_told(self.path):
+            return np.asarray(array[cells]) if isinstance(cells, slice) else read_rows(array, cells)
 
 
 def read_rows(array: zarr.Array[Any], rows: NDArray[np.integer[Any]]) -> NDArray[Any]:
@@ -273,7 +290,7 @@ def read_rows(array: zarr.Array[Any], rows: NDArray[np.integer[Any]]) -> NDArray
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Refuse to write a store where something is, but for a store that is to be replaced.
+    """Refuse to write a store where something is, but for a store to be replaced, or what an interrupted run left.
 
     Raises
     ------
@@ -282,8 +299,11 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
     """
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists already: choose another name, or pass --overwrite to replace it")
-    if path.exists() and not (path / "zarr.json").exists():
+    if path.exists() and not is_ours(path):
         raise InputError(f"{path} is not a store, so it is not replaced: choose another name")
+    partial = partial_of(path)
+    if partial.exists() and _attributes(partial).get(COMPLETE) is not False:
+        raise InputError(f"{partial} is in the way, and no interrupted run left it: move it away")
 
 
 def write_anndata(table: anndata.AnnData, folder: Path) -> None:
@@ -293,22 +313,21 @@ def write_anndata(table: anndata.AnnData, folder: Path) -> None:
         anndata.io.write_elem(zarr.open_group(folder, mode="w", zarr_format=3), "/", table)
 
 
-def put_in_place(partial: Path, path: Path) -> None:
-    """Give a finished folder its name; what had it steps aside first, so that nothing half deleted ever carries it."""
-    old = Path(f"{path}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def is_store(path: Path) -> bool:
     """Say whether a folder is an AnnData on Zarr, whole or not."""
+    return _attributes(path).get("encoding-type") == "anndata"
+
+
+def is_ours(path: Path) -> bool:
+    """Say whether a folder is an AnnData on Zarr that imgshared wrote: a store, or the cells of a slide."""
+    return is_store(path) and (path / "uns" / "imgshared" / "zarr.json").exists()
+
+
+def _attributes(path: Path) -> dict[str, Any]:
     try:
-        return zarr.open_group(path, mode="r").attrs.get("encoding-type") == "anndata"
+        return zarr.open_group(path, mode="r").attrs.asdict()
     except Exception:  # whatever zarr makes of other folders
-        return False
+        return {}
 
 
 def open_zarr(path: Path) -> zarr.Group:
@@ -320,7 +339,7 @@ def open_zarr(path: Path) -> zarr.Group:
         Where there is nothing, or something else.
     """
     if not path.exists():
-        partial = Path(f"{path}.partial")
+        partial = partial_of(path)
         hint = f" An interrupted run left {partial}: run the command again." if partial.exists() else ""
         raise InputError(f"no store at {path}.{hint}")
     try:

@@ -15,7 +15,8 @@ import pandas as pd
 
 from imgshared.config import EvaluateConfig
 from imgshared.data.panel import Panel
-from imgshared.data.store import CellStore, put_in_place
+from imgshared.data.place import put_in_place
+from imgshared.data.store import CellStore
 from imgshared.evaluation import by_cell, checks, coverage, fidelity, figure_data, imputability, morphology, verdict
 from imgshared.evaluation.classify import classify
 from imgshared.evaluation.collect import Part, Predict, Progress

@@ -12,10 +12,14 @@ import tifffile
 from numpy.typing import NDArray
 
 from imgshared.data.panel import ABSTAIN, IMPUTED, UNCERTAINTY
-from imgshared.data.store import CellStore, put_in_place
+from imgshared.data.place import partial_of, put_in_place
+from imgshared.data.store import CellStore
 from imgshared.prediction.run import Run
 from imgshared.prediction.types import Floats
 from imgshared.types import InputError
+
+SUFFIX = ".ome.tif"
+CLASSIC_BYTES = 2**31  # a classic TIFF ends at 4 GiB, and a page of a small crop is a good part directory
 
 
 class OmeFrames:
@@ -30,7 +34,8 @@ class OmeFrames:
     Raises
     ------
     InputError
-        Where the folder exists (without `overwrite`), or two images of the store would share a file.
+        Where the folder exists (without `overwrite`) or holds anything else, or two images of the store would share a
+        file.
     """
 
     def __init__(
@@ -38,7 +43,7 @@ class OmeFrames:
     ) -> None:
         refuse_frames(store, folder, overwrite)
         self.store, self.channels = store, run.contract.check(store, ())
-        self.folder, self.partial = folder, Path(f"{folder}.partial")
+        self.folder, self.partial = folder, partial_of(folder)
         imputed = [run.panel.markers[t] + IMPUTED for t in targets]
         self.names = [*run.panel.markers, *imputed]
         if intervals:
@@ -84,22 +89,23 @@ class OmeFrames:
         """Write the image whose cells have come so far."""
         if self._image is None:
             return
-        size = self.store.pixel_size_um
+        size, pixels = self.store.pixel_size_um, np.concatenate(self._frames)
         physical = {"PhysicalSizeX": size, "PhysicalSizeY": size, "PhysicalSizeXUnit": "µm", "PhysicalSizeYUnit": "µm"}
         tifffile.imwrite(
-            self.partial / _file_name(self._image), np.concatenate(self._frames), photometric="minisblack",
-            compression="zlib",
+            self.partial / _file_name(self._image), pixels, photometric="minisblack", compression="zlib",
+            bigtiff=pixels.nbytes > CLASSIC_BYTES,  # tifffile would ask only for what is not compressed
             metadata={"axes": "TCYX", "Channel": {"Name": self.names}, **(physical if size else {})},
         )  # fmt: skip
         self._image, self._frames = None, []
 
 
 def _file_name(image: str) -> str:
-    return f"{image.replace('/', '_')}.ome.tif"
+    return f"{image.replace('/', '_')}{SUFFIX}"
 
 
 def refuse_frames(store: CellStore, folder: Path, overwrite: bool) -> None:
-    """Refuse to write frames where something is, or of images that would share a file.
+    """Refuse to write frames where something is, even to replace what is no folder of frames alone, or of images that
+    would share a file.
 
     Raises
     ------
@@ -108,6 +114,10 @@ def refuse_frames(store: CellStore, folder: Path, overwrite: bool) -> None:
     """
     if folder.exists() and not overwrite:
         raise InputError(f"{folder} exists already: choose another name, or pass --overwrite to replace it")
+    for place in (folder, partial_of(folder)):  # the latter of an interrupted run
+        others = [] if not place.exists() else [place] if place.is_file() else list(place.iterdir())
+        if any(not file.name.endswith(SUFFIX) or file.is_dir() for file in others):
+            raise InputError(f"{place} holds more than pictures (*{SUFFIX}), so it is not replaced: move it away")
     images = store.obs["image"].astype(str).to_numpy()
     blocks = images[np.append(True, images[1:] != images[:-1])]  # an image whose cells are apart would come twice
     files, counts = np.unique([_file_name(image) for image in blocks], return_counts=True)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from imgshared.config import PredictConfig
 from imgshared.data.normalise import Normaliser
+from imgshared.data.place import refuse_source
 from imgshared.data.store import CellStore, StoreWriter, panel_table, refuse_existing
 from imgshared.methods.base import LatentMethod
 from imgshared.prediction.cells import Progress, lack, predict_batches, predictable
@@ -93,15 +94,12 @@ def predict(
     _refuse_unknown_wishes(run, config)
     given = run.source_mask(config.sources)
     targets = run.target_channels(config.markers, given)
-    here, source = Path(out).resolve(), store.path.resolve()
-    if here == source or here in source.parents or source in here.parents:
-        raise InputError(
-            f"{out} is, holds or lies in the store that is predicted: measured images are never overwritten"
-        )
-    refuse_existing(Path(out), overwrite)
-    if config.ome_tiff:
-        refuse_frames(store, Path(f"{out}.ome"), overwrite)
-    cells, fabric = np.flatnonzero(predictable(run, store, config.sources)), run.fabric
+    fabric, frames = run.fabric, [Path(f"{out}.ome")] if config.ome_tiff else []
+    refuse_source(store.path, [out, *frames, *_parts(out, fabric.world_size)], "store")
+    refuse_existing(out, overwrite)
+    for folder in frames:
+        refuse_frames(store, folder, overwrite)
+    cells = np.flatnonzero(predictable(run, store, config.sources))
     job = Job(run, store, targets, config, _trust(run, config, targets))
     if len(cells) < len(store) and fabric.is_global_zero:
         warn(
@@ -124,7 +122,8 @@ def predict(
 def _write_shares(job: Job, out: Path, cells: NDArray[np.intp], overwrite: bool, progress: Progress | None) -> None:
     """Write the store where several processes predict, each its share of the cells, and the first one joins these."""
     config, fabric = job.config, job.run.fabric
-    parts = [Path(f"{out}.part{rank}") for rank in range(fabric.world_size)]
+    parts = _parts(out, fabric.world_size)
+    refuse_existing(parts[fabric.global_rank], overwrite=True)  # before it would be removed at the end
     share = _shares(cells, config.batch_size, fabric.world_size)[fabric.global_rank]
     plain = replace(job, config=replace(config, ome_tiff=False))
     try:
@@ -135,6 +134,11 @@ def _write_shares(job: Job, out: Path, cells: NDArray[np.intp], overwrite: bool,
         fabric.barrier()
     finally:
         shutil.rmtree(parts[fabric.global_rank], ignore_errors=True)
+
+
+def _parts(out: Path, ranks: int) -> list[Path]:
+    """Where several processes write their shares."""
+    return [Path(f"{out}.part{rank}") for rank in range(ranks)] if ranks > 1 else []
 
 
 def _shares(cells: NDArray[np.intp], batch_size: int, ranks: int) -> list[NDArray[np.intp]]:
@@ -255,15 +259,29 @@ def _trust(run: Run, config: PredictConfig, targets: list[int]) -> Trust | None:
     trust = load_trust(run.path) if usual else None
     if not config.intervals:
         return trust
-    why = "" if usual else "is calibrated for its usual sources alone"
-    if usual and trust is None:
-        why = "has no validation group to calibrate on"
-    elif trust is not None and np.isnan(trust.pixel_half[targets]).all():
-        names = ", ".join(run.panel.markers[c] for c in targets)
-        why = f"could not be calibrated: no validation cell shows {names} beside what it is predicted from"
-    if why:
+    if trust is None:
+        why = "has no validation group to calibrate on" if usual else "is calibrated for its usual sources alone"
         raise InputError(f"intervals=true: {run.path} {why}; leave it out")
+    refuse_uncalibrated(run, trust, targets)
     return trust
+
+
+def refuse_uncalibrated(run: Run, trust: Trust, targets: Sequence[int]) -> None:
+    """Refuse intervals of stains that have none.
+
+    Raises
+    ------
+    InputError
+        Names them, and those that have.
+    """
+    markers, known = run.panel.markers, [c for c in targets if not np.isnan(trust.pixel_half[c]).all()]
+    unknown = ", ".join(markers[c] for c in targets if c not in known)
+    if unknown:
+        others = f"ask for markers=[{','.join(markers[c] for c in known)}], or " if known else ""
+        raise InputError(
+            f"intervals=true: {run.path} could not be calibrated: no validation cell shows {unknown} beside what it is "
+            f"predicted from; {others}leave it out"
+        )
 
 
 def _in_raw(mean: Floats, half: Floats, normaliser: Normaliser) -> Floats:

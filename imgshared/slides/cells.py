@@ -17,9 +17,10 @@ import zarr
 from numpy.typing import NDArray
 
 from imgshared.data.ngff import open_ngff
+from imgshared.data.place import put_in_place
 from imgshared.data.readers import ImageFile, open_mask
 from imgshared.data.scan import SIDE, label_sums
-from imgshared.data.store import put_in_place, write_anndata
+from imgshared.data.store import write_anndata
 from imgshared.data.windows import plan_tiles, read_labels
 from imgshared.prediction.doubts import strange_cells
 from imgshared.slides.damage import Damage, covered

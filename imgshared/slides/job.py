@@ -19,6 +19,7 @@ from imgshared.data.panel import UNCERTAINTY
 from imgshared.prediction.images import draw_image
 from imgshared.prediction.run import Run
 from imgshared.prediction.trust import Trust, load_trust
+from imgshared.prediction.write import refuse_uncalibrated
 from imgshared.slides.fit import fitted_on_slide
 from imgshared.slides.pyramid import ChannelLook
 from imgshared.slides.source import Slide, open_slide
@@ -132,6 +133,8 @@ def settle(run: Run, path: Path, config: SlideConfig) -> Job:
         raise InputError(
             f"intervals=true: {run.path} has no calibration for these sources and the mean output; leave it out"
         )
+    if trust is not None:
+        refuse_uncalibrated(run, trust, targets)
     draw = partial(draw_image, run, sources=sources, targets=targets, sharp=config.sharp, trust=trust)
     seen = reach(run.method, chosen.to(run.fabric.device), targets, sharp=config.sharp)
     painter = Blended(draw, slide.shape) if seen is None else Exact(draw, slide.shape, seen, step_of(run.method))

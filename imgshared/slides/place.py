@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import tifffile
 import zarr
 
+from imgshared.data.place import refuse_source
 from imgshared.data.readers import PILLOW_SUFFIXES, TIFF_SUFFIXES
-from imgshared.data.store import is_store
+from imgshared.data.store import is_ours
 from imgshared.types import InputError
 
 OME_TIFF = (".ome.tif", ".ome.tiff")
@@ -23,6 +25,7 @@ def is_ome_tiff(out: Path) -> bool:
 
 def partial_of(out: Path) -> Path:
     """The folder beside in which an image is written before it has its name; that of an OME-TIFF is hidden."""
+    out = out.resolve()  # of a link, beside what it leads to: a name is given on one disk alone
     return out.with_name(f".{out.name}.partial.zarr" if is_ome_tiff(out) else f"{out.name}.partial")
 
 
@@ -42,24 +45,31 @@ def refuse_place(path: Path, out: Path, overwrite: bool) -> None:
     InputError
         Names the place.
     """
+    out = out.resolve()
     if out.name.lower().endswith((*TIFF_SUFFIXES, *PILLOW_SUFFIXES)) and not is_ome_tiff(out):
         raise InputError(f"{out}: slides are written as OME-Zarr or OME-TIFF: end the name with .ome.zarr or .ome.tif")
-    unfinished, cells, source = partial_of(out), cells_path(out), path.resolve()
-    beside = [Path(f"{place}{end}") for place in (out, cells) for end in (".partial", ".old")]
-    for place in (out, cells, unfinished, *beside):
-        here = place.resolve()
-        if here == source or here in source.parents or source in here.parents:
-            raise InputError(
-                f"{place} is, holds or lies in the slide that is predicted: measured images are never overwritten, "
-                "choose another name"
-            )
+    unfinished, cells = partial_of(out), cells_path(out)
+    refuse_source(path, (out, cells, unfinished), "slide")
     for place in (out, cells):
         if place.exists() and not overwrite and (place == out or not unfinished.exists()):
             raise InputError(f"{place} exists already: choose another name, or pass --overwrite to replace it")
-    ours = out.is_file() if is_ome_tiff(out) else (out / "zarr.json").exists()
-    for place, replaced, kind in ((out, ours, "image"), (cells, is_store(cells), "table of cells")):
+    image = out.is_file() if is_ome_tiff(out) else (out / "zarr.json").exists()
+    ours = ((out, image, "image"), (out, _predicted(out), "prediction"), (cells, is_ours(cells), "table of cells"))
+    for place, replaced, kind in ours:
         if place.exists() and not replaced:
             raise InputError(f"{place} is no {kind}, so it is not replaced: choose another name")
+
+
+def _predicted(out: Path) -> bool:
+    """Say whether a slide or plate that was predicted lies there, by its provenance."""
+    try:
+        if is_ome_tiff(out):
+            with tifffile.TiffFile(out) as tiff:
+                return 'Namespace="imgshared"' in (tiff.ome_metadata or "")
+        about: Any = zarr.open_group(out, mode="r").attrs["imgshared"]
+        return about["kind"] in ("predicted slide", "predicted plate")
+    except Exception:  # whatever zarr and tifffile make of other things
+        return False
 
 
 def make_way(unfinished: Path, about: Mapping[str, Any], overwrite: bool) -> None:
@@ -95,6 +105,7 @@ def _begun(unfinished: Path) -> Mapping[str, Any] | None:
             return dict(attributes["imgshared"])
     elif not unfinished.exists() or all(file.suffix == ".partial" for file in unfinished.iterdir()):
         return None
-    if attributes or not (unfinished / "zarr.json").exists():
+    files = (file for file in unfinished.rglob("*") if file.is_file() and file.suffix != ".partial")
+    if attributes or any(file.name != "zarr.json" for file in files):
         raise InputError(f"{unfinished} is no interrupted prediction: move it away, or choose another name")
     return None  # stopped before it could say what it is

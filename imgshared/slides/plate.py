@@ -11,7 +11,7 @@ from yaozarrs import v05
 
 from imgshared.config import SlideConfig
 from imgshared.data.ngff import Field, is_plate, open_ngff, plate_fields
-from imgshared.data.store import put_in_place
+from imgshared.data.place import put_in_place
 from imgshared.prediction.run import Run
 from imgshared.slides.job import provenance
 from imgshared.slides.place import is_ome_tiff, make_way, partial_of, refuse_place

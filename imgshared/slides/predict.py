@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imgshared.config import SlideConfig
-from imgshared.data.store import put_in_place
+from imgshared.data.place import put_in_place
 from imgshared.data.windows import Read, Span, plan_tiles
 from imgshared.prediction.run import Run
 from imgshared.slides.cells import measure_cells, open_labels
@@ -63,7 +63,7 @@ def predict_slide(
         settings lies there; the mask of cells holds none; a window of the slide cannot be read, or holds floats that
         are no intensities; the disk is full.
     """
-    config, fabric = config or SlideConfig(), run.fabric
+    config, fabric, out = config or SlideConfig(), run.fabric, out.resolve()  # of a link, what it leads to
     refuse_place(path, out, overwrite)
     job = settle(run, path, config)
     labels = open_labels(job.slide, Path(config.cells)) if config.cells else None
@@ -76,7 +76,7 @@ def predict_slide(
             if is_ome_tiff(out):
                 if progress:
                     progress("write OME-TIFF", 0, 1)
-                write_ome_tiff(unfinished, out)
+                write_ome_tiff(unfinished, unfinished / out.name).replace(out)
                 shutil.rmtree(unfinished)
             else:
                 put_in_place(unfinished, out)

@@ -1,8 +1,11 @@
+import shutil
+
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 
+from imgshared.data import store as module
 from imgshared.data.panel import Panel
 from imgshared.data.store import IMAGES, MASKS, CellStore, StoreWriter, panel_table
 from imgshared.types import InputError
@@ -90,12 +93,76 @@ def test_what_is_no_store(tmp_path):
         CellStore(tmp_path / "file.zarr")
 
 
-def test_only_a_store_is_ever_replaced(tmp_path):
+def test_only_a_store_is_ever_replaced(tmp_path, write_image):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.txt").write_text("irreplaceable")
-    with pytest.raises(InputError, match="thesis is not a store, so it is not replaced"):
-        StoreWriter(tmp_path / "thesis", overwrite=True)
-    assert (tmp_path / "thesis" / "chapter1.txt").exists()
+    write_image(tmp_path / "raw.ome.zarr", rows(1)[0][0])
+    anndata.AnnData(np.ones((2, 2))).write_zarr(tmp_path / "atlas.zarr")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("thesis", "raw.ome.zarr", "atlas.zarr"):
+        with pytest.raises(InputError, match=f"{name} is not a store, so it is not replaced"):
+            StoreWriter(tmp_path / name, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_backup_beside_stays(tmp_path):
+    write(tmp_path / "a.zarr", [rows(5)]).rename(tmp_path / "a.zarr.old")
+    write(tmp_path / "a.zarr", [rows(6)])
+    write(tmp_path / "a.zarr", [rows(7)], overwrite=True)
+    assert [len(CellStore(tmp_path / name)) for name in ("a.zarr", "a.zarr.old")] == [7, 5]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_of_a_link_what_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "a.zarr").symlink_to(tmp_path / "scratch" / "b.zarr")
+    for count in (5, 6, 7):
+        write(tmp_path / "a.zarr", [rows(count)], overwrite=True)
+        assert len(CellStore(tmp_path / "scratch" / "b.zarr")) == count
+    assert (tmp_path / "a.zarr").is_symlink()
+    assert sorted(p.name for p in tmp_path.rglob("*.zarr*")) == ["a.zarr", "b.zarr"]
+
+
+def test_only_what_an_interrupted_run_left_is_removed(tmp_path):
+    partial = write(tmp_path / "b.zarr", [rows(5)]).rename(tmp_path / "a.zarr.partial")
+    with pytest.raises(
+        InputError, match=r"a\.zarr\.partial is in the way, and no interrupted run left it: move it away"
+    ):
+        StoreWriter(tmp_path / "a.zarr")
+    assert len(CellStore(partial)) == 5
+    shutil.rmtree(partial)
+    StoreWriter(tmp_path / "a.zarr").append(**{IMAGES: rows(3)[0]})
+    assert partial.exists()
+    assert len(CellStore(write(tmp_path / "a.zarr", [rows(6)]))) == 6
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("name", [f"obsm/{IMAGES}/c/1/0/0/0", f"obsm/{MASKS}/c/0/0/0", "obs/group/codes/c/0"])
+def test_a_lost_file_is_told_even_where_all_was_zero(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(module, "SHARD_CHUNKS", 1)
+    path = write(tmp_path / "a.zarr", [[np.zeros_like(part) for part in rows(300)]])
+    assert not CellStore(path).images().any()
+    (path / name).unlink()
+    with pytest.raises(InputError, match=rf"a\.zarr is damaged, it lacks 1 file\(s\), as .*{name}: copy it again"):
+        CellStore(path)
+
+
+def test_a_store_that_made_no_promise_is_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "promise_every_chunk", lambda root: None)  # as those that were written before
+    path = write(tmp_path / "a.zarr", [rows(5)])
+    (path / "obsm" / MASKS / "c" / "0" / "0" / "0").unlink()
+    assert not CellStore(path).masks().any()
+
+
+@pytest.mark.parametrize(
+    "name", ["obs/zarr.json", "uns/imgshared/c", f"obsm/{IMAGES}/c/0/0/0/0", f"obsm/{IMAGES}/zarr.json"]
+)
+def test_a_file_that_was_cut_off_is_told(tmp_path, name):
+    path = write(tmp_path / "a.zarr", [rows(5)])
+    whole = (path / name).read_bytes()
+    (path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"a\.zarr is damaged \(.*\): copy it again"):
+        CellStore(path).images()
 
 
 def test_scattered_cells_are_read_a_shard_at_a_time_at_most(tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ def test_in_memory_the_others_are_left_out_unless_they_are_asked_for(cut, apart)
         predict_cells(cut, apart, np.array([0, SHOWN[0]]))
 
 
-def test_intervals_of_stains_without_any_calibration_are_refused(trained_run, tmp_path, monkeypatch):
+def test_intervals_of_stains_without_calibration_are_refused(trained_run, tmp_path, monkeypatch):
     half = np.full((3, 16), np.nan, np.float32)
     trust = Trust(0.9, 1, 5.0, *[half] * 4, *[np.zeros(0)] * 10)
     monkeypatch.setattr("imgshared.prediction.write.load_trust", lambda path: trust)
@@ -110,4 +110,8 @@ def test_intervals_of_stains_without_any_calibration_are_refused(trained_run, tm
     assert _trust(trained_run, PredictConfig(), [1, 2]) is trust
     known = replace(trust, pixel_half=np.where(np.arange(3)[:, None] == 1, 0.1, half))
     monkeypatch.setattr("imgshared.prediction.write.load_trust", lambda path: known)
-    assert _trust(trained_run, PredictConfig(intervals=True), [1, 2]) is known
+    assert _trust(trained_run, PredictConfig(intervals=True), [1]) is known
+    with pytest.raises(
+        InputError, match=r"no validation cell shows P2 beside .*; ask for markers=\[P1\], or leave it out"
+    ):
+        _trust(trained_run, PredictConfig(intervals=True), [1, 2])

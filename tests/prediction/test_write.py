@@ -1,6 +1,8 @@
+import dataclasses
 import errno
 import hashlib
 import shutil
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -9,9 +11,13 @@ import tifffile
 
 from imgshared.config import PredictConfig
 from imgshared.data.store import CellStore, StoreWriter
+from imgshared.prediction import frames as frames_module
 from imgshared.prediction import predict
-from imgshared.prediction.write import Job, _predicted, _shares, _stored, _write
+from imgshared.prediction.trust import load_trust
+from imgshared.prediction.write import Job, _predicted, _shares, _stored, _write, _write_shares
 from imgshared.types import InputError
+
+FRAMES = PredictConfig(ome_tiff=True)
 
 
 def digest(folder):
@@ -86,13 +92,59 @@ def test_an_existing_output_is_replaced_only_on_request(trained_run, toy, tmp_pa
     assert tifffile.imread(tmp_path / "p.zarr.ome" / "image0.ome.tif").shape[1] == 4
 
 
-@pytest.mark.parametrize("inside", ["", "p.zarr"])
-def test_measured_images_are_never_overwritten(trained_run, make_store, tmp_path, inside):
-    store = CellStore(make_store(tmp_path / "cells.zarr"))
+@pytest.mark.parametrize("source", ["p.zarr", "p.zarr.partial", "p.zarr.ome", "p.zarr.ome.partial", "."])
+def test_measured_images_are_never_overwritten(trained_run, make_store, tmp_path, source):
+    store = CellStore(make_store(tmp_path / "cells" / source))
     before = digest(tmp_path)
-    with pytest.raises(InputError, match="measured images are never overwritten"):
-        predict(trained_run, store, tmp_path / "cells.zarr" / inside, overwrite=True)
+    with pytest.raises(InputError, match="lies in the store that is predicted: measured images are never overwritten"):
+        predict(trained_run, store, tmp_path / "cells" / "p.zarr", FRAMES, overwrite=True)
     assert digest(tmp_path) == before
+
+
+def test_a_store_that_is_named_as_a_backup_is_predicted_into_the_other_name(trained_run, make_store, tmp_path):
+    store = CellStore(make_store(tmp_path / "cells.zarr.old"))
+    before = digest(store.path)
+    for _ in range(2):
+        predict(trained_run, store, tmp_path / "cells.zarr", overwrite=True)
+    assert digest(store.path) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cells.zarr", "cells.zarr.old"]
+
+
+@pytest.mark.parametrize("place", ["p.zarr.ome", "p.zarr.ome.partial"])
+def test_a_folder_that_holds_more_than_frames_is_not_replaced(trained_run, toy, tmp_path, place):
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "image0.ome.tif").write_bytes(b"")
+    (tmp_path / place / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=f"{place} holds more than pictures"):
+        predict(trained_run, toy, tmp_path / "p.zarr", FRAMES, overwrite=True)
+    (tmp_path / place / "notes.txt").unlink()
+    predict(trained_run, toy, tmp_path / "p.zarr", FRAMES, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.zarr", "p.zarr.ome"]
+
+
+@pytest.mark.parametrize("bytes_", [1000, 10**9])
+def test_many_frames_are_a_big_tiff(trained_run, toy, tmp_path, monkeypatch, bytes_):
+    monkeypatch.setattr(frames_module, "CLASSIC_BYTES", bytes_)
+    predict(trained_run, toy, tmp_path / "p.zarr", FRAMES)
+    with tifffile.TiffFile(tmp_path / "p.zarr.ome" / "image0.ome.tif") as tiff:
+        assert tiff.is_bigtiff == (bytes_ == 1000)
+
+
+def test_intervals_of_a_stain_without_calibration_are_refused(trained_run, toy, tmp_path):
+    known = load_trust(trained_run.path)
+    half = known.pixel_half.copy()
+    half[2] = np.nan
+    (tmp_path / "run").mkdir()
+    dataclasses.replace(known, pixel_half=half).save(tmp_path / "run" / "trust.npz")
+    run = dataclasses.replace(trained_run, path=tmp_path / "run")
+    with pytest.raises(
+        InputError, match=r"no validation cell shows P2 beside .*; ask for markers=\[P1\], or leave it out"
+    ):
+        predict(run, toy, tmp_path / "p.zarr", PredictConfig(intervals=True))
+    with pytest.raises(InputError, match=r"no validation cell shows P2 beside .*; leave it out"):
+        predict(run, toy, tmp_path / "p.zarr", PredictConfig(intervals=True, markers=("P2",)))
+    assert predict(run, toy, tmp_path / "p.zarr", PredictConfig(intervals=True, markers=("P1",))).exists()
+    assert predict(run, toy, tmp_path / "q.zarr").exists()
 
 
 @pytest.mark.parametrize("when", ["third batch", "tables"])
@@ -171,3 +223,11 @@ def test_an_empty_share_is_a_store_of_none(trained_run, toy, tmp_path):
     job = Job(trained_run, toy, [1, 2], PredictConfig(), None)
     out = _write(job, _predicted(job, np.arange(0)), tmp_path / "p.zarr", np.arange(0), False, None)
     assert list(_stored([out], np.arange(0), 10)) == []
+
+
+def test_a_folder_that_is_no_share_is_not_removed(trained_run, toy, tmp_path):
+    (tmp_path / "p.zarr.part0").mkdir()
+    run = dataclasses.replace(trained_run, fabric=SimpleNamespace(world_size=2, global_rank=0))
+    with pytest.raises(InputError, match=r"p\.zarr\.part0 is not a store, so it is not replaced"):
+        _write_shares(Job(run, toy, [1, 2], PredictConfig(), None), tmp_path / "p.zarr", np.arange(4), False, None)
+    assert [p.name for p in tmp_path.iterdir()] == ["p.zarr.part0"]

@@ -1,14 +1,16 @@
 """Where predictions are written, and what is never written over."""
 
 import shutil
+from pathlib import Path
 
+import anndata
 import numpy as np
 import pytest
 import zarr
 
 from imgshared.config import SlideConfig
 from imgshared.slides import predict_plate, predict_slide
-from imgshared.slides.place import cells_path, partial_of, refuse_place
+from imgshared.slides.place import cells_path, partial_of
 from imgshared.types import InputError
 
 
@@ -24,9 +26,38 @@ def test_the_slide_is_never_an_intermediate_of_its_own_prediction(run, pixels, w
     assert not [p for p in tmp_path.glob(".*") if p != path]
 
 
-def test_a_step_aside_is_no_slide_either(tmp_path):
-    with pytest.raises(InputError, match=r"o.ome.zarr.old is, holds or lies in the slide"):
-        refuse_place(tmp_path / "o.ome.zarr.old", tmp_path / "o.ome.zarr", True)
+@pytest.mark.parametrize("name", ["o.ome.zarr", "o.ome.tif"])
+def test_what_lies_beside_stays(run, pixels, write_tiff, tmp_path, name):
+    path = write_tiff(tmp_path / "s.ome.tif", pixels[:, :300, :300])
+    mine = tmp_path / (f"{name}.old" if name.endswith("zarr") else f"{name}.partial")
+    mine.write_text("mine")
+    for _ in range(2):
+        predict_slide(run, path, tmp_path / name, overwrite=True)
+    assert mine.read_text() == "mine"
+    assert {p.name for p in tmp_path.iterdir()} == {"s.ome.tif", name, mine.name}
+
+
+@pytest.mark.parametrize("name", ["o.ome.zarr", "o.ome.tif"])
+def test_of_a_link_what_it_leads_to_is_replaced(run, pixels, write_tiff, tmp_path, name):
+    path = write_tiff(tmp_path / "s.ome.tif", pixels[:, :300, :300])
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / name).symlink_to(tmp_path / "scratch" / name)
+    for _ in range(2):
+        predict_slide(run, path, tmp_path / name, overwrite=True)
+    assert (tmp_path / name).is_symlink()
+    assert [p.name for p in (tmp_path / "scratch").iterdir()] == [name]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_folder_where_one_stands_has_a_name(run, pixels, write_tiff, write_plate, tmp_path, monkeypatch):
+    path = write_tiff(tmp_path / "s.ome.tif", pixels[:, :300, :300])
+    plate = write_plate(tmp_path / "plate.ome.zarr", lambda *_: pixels[:, :64, :64])
+    here = predict_slide(run, path, tmp_path / "o.ome.zarr")
+    monkeypatch.chdir(here)
+    for predict, source in ((predict_slide, path), (predict_plate, plate)):
+        with pytest.raises(InputError, match=r"o.ome.zarr exists already"):
+            predict(run, source, Path("."))
+    assert predict_slide(run, path, Path("."), overwrite=True) == here
 
 
 def test_what_is_no_prediction_is_not_gone_on_with(run, pixels, write_tiff, write_image, tmp_path):
@@ -36,6 +67,10 @@ def test_what_is_no_prediction_is_not_gone_on_with(run, pixels, write_tiff, writ
         with pytest.raises(InputError, match=r"is no interrupted prediction: move it away"):
             predict_slide(run, path, out, overwrite=True)
         assert (foreign / "0" / "zarr.json").exists()
+        zarr.open_group(foreign).attrs.put({})
+        with pytest.raises(InputError, match=r"is no interrupted prediction: move it away"):
+            predict_slide(run, path, out, overwrite=True)
+        assert (foreign / "0" / "c").exists()
         shutil.rmtree(foreign)
         foreign.mkdir()
         (foreign / "notes.txt").write_text("mine")
@@ -60,14 +95,24 @@ def test_names_of_other_kinds_are_refused(run, pixels, write_tiff, write_plate, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["plate.ome.zarr", "s.ome.tif"]
 
 
-def test_something_else_is_not_replaced_even_on_request(run, pixels, write_tiff, tmp_path):
+def test_something_else_is_not_replaced_even_on_request(run, pixels, write_tiff, write_image, tmp_path):
     path = write_tiff(tmp_path / "s.ome.tif", pixels)
     (tmp_path / "o.ome.tif").mkdir()
     (tmp_path / "o.ome.zarr").write_text("a file")
     (tmp_path / "p.cells.zarr").mkdir()
-    for name, kind in (("o.ome.tif", "image"), ("o.ome.zarr", "image"), ("p.ome.zarr", "table of cells")):
+    anndata.AnnData(np.ones((2, 2))).write_zarr(tmp_path / "q.cells.zarr")
+    write_image(tmp_path / "raw.ome.zarr", pixels[:, :64, :64])
+    write_tiff(tmp_path / "raw.ome.tif", pixels[:, :64, :64])
+    names = {
+        "image": ("o.ome.tif", "o.ome.zarr"),
+        "prediction": ("raw.ome.tif", "raw.ome.zarr"),
+        "table of cells": ("p.ome.zarr", "q.ome.zarr"),
+    }
+    before = sorted(tmp_path.rglob("*"))
+    for kind, name in ((kind, name) for kind, some in names.items() for name in some):
         with pytest.raises(InputError, match=f"is no {kind}, so it is not replaced: choose another name"):
             predict_slide(run, path, tmp_path / name, SlideConfig(), overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_tables_of_cells_are_named_after_the_image(tmp_path):
