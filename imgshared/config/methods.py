@@ -91,7 +91,8 @@ class TranslatorConfig:
     visible_proteins: Count | None = 2  # at most so many of a cell's proteins are shown in a step; None: all
     hidden_proteins: Count | None = 4  # at most so many hidden stains of a cell are predicted in a step; None: all
     rebuilt: Probability = 1.0  # of the visible stains are drawn again in a step, for full and shared
-    # At most so many cells of a part of a batch are translated, for sharp, adversarial, patch_nce and cycle; None: all.
+    # At most so many cells of a part of a batch are translated, for sharp, adversarial, patch_nce (and its
+    # identity) and cycle; None: all.
     translated: Count | None = None
     latent_noise: Weight = 0.0  # standard deviation of noise on the maps; product: on the specific ones alone
     weights: TranslatorWeights = dataclasses.field(default_factory=TranslatorWeights)

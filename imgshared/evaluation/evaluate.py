@@ -15,7 +15,7 @@ import pandas as pd
 
 from imgshared.config import EvaluateConfig
 from imgshared.data.panel import Panel
-from imgshared.data.place import put_in_place
+from imgshared.data.place import partial_of, put_in_place
 from imgshared.data.store import CellStore
 from imgshared.evaluation import by_cell, checks, coverage, fidelity, figure_data, imputability, morphology, verdict
 from imgshared.evaluation.classify import classify
@@ -164,8 +164,8 @@ def evaluate(
     summary = verdict.sentences(tables["stains"], tables["labels"], run.panel.chromatin, run.sources)
     summary += verdict.differences(tables["conditions"])
 
-    out.mkdir(parents=True, exist_ok=True)
-    cells, partial_cells = by_cell.table(looked.test, looked.config), out / f"{CELLS}.partial"
+    (out / "cache").mkdir(parents=True, exist_ok=True)  # by which `refuse_place` knows the folder, whatever happens
+    cells, partial_cells = by_cell.table(looked.test, looked.config), partial_of(out / CELLS)
     by_cell.write(looked.test, cells, run.panel, partial_cells)
     files = [f"tables/{name}.csv" for name in tables | {"cells": None}]
     for stale in ("metrics.json", "model_card.md", "report.html", "tables/probabilities.parquet", *files):
