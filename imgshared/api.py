@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,10 @@ def ensemble(runs: Sequence[Run | PathLike], out: PathLike, *, console: Console 
 def _with_trust(run: Run, console: Console) -> Run:
     """Calibrate a run on its validation groups, and say what these speak against."""
     store = CellStore(run.experiment.data)
-    calibrate(run, store)
-    if assess(run, store):
+    with _bar(console if run.fabric.is_global_zero else None) as moved:
+        calibrate(run, store, partial(moved, "calibrate"))
+        assessed = assess(run, store, partial(moved, "imputability"))
+    if assessed:
         for warning in warnings_of(run, run.panel.markers):
             console.print(f"imputability, on the validation groups: {warning}", highlight=False, soft_wrap=True)
     return run
@@ -313,9 +316,12 @@ def _shallow(config: Any) -> dict[str, Any]:
 
 
 class _bar:
-    """A progress bar on a console, or none: a callable ``(what, done, total)`` for the time of a `with` block."""
+    """A progress bar on a console, or none: a callable ``(what, done, total)`` for the time of a `with` block.
 
-    def __init__(self, console: Console | None, what: str) -> None:
+    It shows from the beginning on under the name `what`, and without a name once there is something to show.
+    """
+
+    def __init__(self, console: Console | None, what: str = "") -> None:
         self._console, self._what = console, what
 
     def __enter__(self) -> Callable[[str, int, int], None]:
@@ -326,9 +332,15 @@ class _bar:
             console=self._console,
         )  # fmt: skip
         task = self._progress.add_task(self._what, total=None)
-        self._progress.start()
-        return lambda what, done, total: self._progress.update(task, description=what, completed=done, total=total)
+        if self._what:
+            self._progress.start()
+
+        def moved(what: str, done: int, total: int) -> None:
+            self._progress.start()
+            self._progress.update(task, description=what, completed=done, total=total)
+
+        return moved
 
     def __exit__(self, *_: object) -> None:
-        if self._console is not None:
+        if self._console is not None and self._progress.live.is_started:
             self._progress.stop()

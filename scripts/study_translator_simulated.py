@@ -28,11 +28,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from common import ROOT, experiment_settings, finished, fold_off, markdown, metrics, record, train_seconds
 from rich.console import Console
 from study_simulated import SHARED, SPECIFIC, SPLIT
 
 import imgshared
+from imgshared import losses
 from imgshared import metrics as scores
 from imgshared.config import Experiment, load
 from imgshared.data.store import CellStore
@@ -137,7 +139,7 @@ def one(a: argparse.Namespace, seed: int, name: str, weights: dict[str, float]) 
     if not (report / "metrics.json").exists():
         factors = [*SHARED, *SPECIFIC.values()]
         imgshared.evaluate(run, store, console=Console(), factors=factors, seed=seed)
-    figures = {**read(report), **detail(run, CellStore(store))}
+    figures = {**read(report), **of_some_cells(run, CellStore(store))}
     return {"seed": seed, **figures, "train s": train_seconds(run.path)}
 
 
@@ -170,18 +172,23 @@ def read(report: Path) -> dict[str, float]:
     }
 
 
-def detail(run: Run, store: CellStore, cells: int = 500) -> dict[str, float]:
-    """Return how many-fold the detail of predicted (sharp) stains is off, by some held-out cells: 1 is right."""
+def of_some_cells(run: Run, store: CellStore, cells: int = 500) -> dict[str, float]:
+    """Return how many-fold the detail of predicted (sharp) stains is off, 1 is right, and HSIC of z_s and z_m.
+
+    By some held-out cells; means over the proteins, HSIC of each protein's own two latents.
+    """
     held_out = np.flatnonzero(store.obs["group"].isin(HELD_OUT))
     some = held_out[:: max(1, len(held_out) // cells)]
-    done = predict_cells(run, store, some, full=False, shared=False, latents=False, sharp=run.method.sharp)
+    done = predict_cells(run, store, some, full=False, shared=False, sharp=run.method.sharp)
     images = done.images["sharp" if run.method.sharp else "predicted"]
-    ratios = []
+    ratios, dependence = [], []
     for marker in run.panel.proteins:
         c = run.panel.index(marker)
         rows = done.measured[:, c]
         ratios.append(float(np.nanmedian(scores.spectral_ratio(done.real[rows, c], images[rows, c]))))
-    return {"detail, fold off": fold_off(ratios)}
+        both = [torch.from_numpy(z[marker][rows]) for z in (done.shared, done.specific)]
+        dependence.append(float(losses.hsic(*both)))
+    return {"detail, fold off": fold_off(ratios), "HSIC, z_s and z_m of a protein": float(np.mean(dependence))}
 
 
 def subsets(a: argparse.Namespace, seed: int) -> Rows:

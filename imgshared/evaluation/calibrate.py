@@ -7,7 +7,7 @@ Dunn, Wasserman & Ramdas 2023 for calibration data in groups). One group tells n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from imgshared.prediction import Run, predict_cells
 from imgshared.prediction.trust import CLIP, FILE, Trust, describe_latent, describe_source, distance
 from imgshared.prediction.types import Floats, PredictedCells
 
+Progress = Callable[[int, int], None]
 LEVEL = 0.9
 OTHER_LEVELS = (0.5, 0.8, 0.95)  # for the reliability diagram
 CELLS = 1500  # of training and of validation that are looked at, at most
@@ -34,7 +35,7 @@ RISK_BINS = 10  # of the cells by uncertainty
 COMPONENTS = 16  # of the shared latent
 
 
-def calibrate(run: Run, store: CellStore) -> Path | None:
+def calibrate(run: Run, store: CellStore, progress: Progress | None = None) -> Path | None:
     """Write `trust.npz` into the run's folder; None where it has no validation group with its sources.
 
     What is newer than the weights is not computed again. Of several processes the first one writes.
@@ -45,10 +46,20 @@ def calibrate(run: Run, store: CellStore) -> Path | None:
     train, val = sampled(run, store, CELLS)
     if not len(val) or not len(train) or not run.fabric.is_global_zero:
         return None
-    radius = typical_radius(store.masks(train))
-    floors, reference = _learn(run, store, train, radius)
+    radius, done, total = typical_radius(store.masks(train)), 0, len(train) + len(val)
+
+    def predicted(cells: NDArray[np.intp]) -> Iterator[PredictedCells]:
+        nonlocal done
+        for start in range(0, len(cells), BLOCK):
+            part = cells[start : start + BLOCK]
+            yield predict_cells(run, store, part, full=False, shared=False, own_latents=False)
+            done += len(part)
+            if progress:
+                progress(done, total)
+
+    floors, reference = _learn(run, store, predicted(train), radius)
     groups = store.obs[run.split.by].astype(str).to_numpy().astype(str)[val]
-    _fit(run, store, val, groups, floors, radius, reference).save(path)
+    _fit(run, predicted(val), groups, floors, radius, reference).save(path)
     return path
 
 
@@ -62,13 +73,13 @@ class Reference(NamedTuple):
     mean_latent: NDArray[np.float64]
 
 
-def _learn(run: Run, store: CellStore, train: NDArray[np.intp], radius: float) -> tuple[Floors, Reference]:
+def _learn(run: Run, store: CellStore, train: Iterator[PredictedCells], radius: float) -> tuple[Floors, Reference]:
     """Return the floors, and what sources look like."""
     floors = Floors(len(run.panel), run.source_channels)
     latents, sources = [], []
     for images, measured in unpaired(run, store, CELLS):
         floors.add(images, measured)
-    for done in _blocks(run, store, train):
+    for done in train:
         floors.add(done.real, done.measured)
         sources.append(describe_source(done, run.source_channel, radius))
         latents += [done.shared["sources"]] if done.shared else []
@@ -85,8 +96,7 @@ def _learn(run: Run, store: CellStore, train: NDArray[np.intp], radius: float) -
 
 def _fit(
     run: Run,
-    store: CellStore,
-    val: NDArray[np.intp],
+    val: Iterator[PredictedCells],
     groups: NDArray[np.str_],
     floors: Floors,
     radius: float,
@@ -98,7 +108,7 @@ def _fit(
     gathered: list[list[NDArray[np.float64]]] = [[] for _ in range(count)]
     at: list[list[NDArray[np.str_]]] = [[] for _ in range(count)]
     oddness, start = [], 0
-    for done in _blocks(run, store, val):
+    for done in val:
         here = groups[start : start + len(done.cells)]
         start += len(done.cells)
         source = describe_source(done, run.source_channel, radius)
@@ -231,8 +241,3 @@ def _weights(groups: NDArray[np.str_]) -> NDArray[np.float64]:
     """Every group counts the same."""
     _, code, counts = np.unique(groups, return_inverse=True, return_counts=True)
     return np.asarray(1.0 / counts[code])
-
-
-def _blocks(run: Run, store: CellStore, cells: NDArray[np.intp]) -> Iterator[PredictedCells]:
-    for start in range(0, len(cells), BLOCK):
-        yield predict_cells(run, store, cells[start : start + BLOCK], full=False, shared=False)

@@ -7,25 +7,28 @@ it. An evaluation gives it again for the held-out groups.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from imgshared import metrics
 from imgshared.build import build_measured
 from imgshared.data.store import CellStore
-from imgshared.evaluation.collect import collect
+from imgshared.evaluation.fidelity import compare
 from imgshared.evaluation.floors import Floors
 from imgshared.evaluation.judgeable import sampled, unpaired
 from imgshared.prediction import Run, predict_cells
 from imgshared.types import InputError
 
 FILE = "imputability.json"
+Progress = Callable[[int, int], None]
 CELLS = 1000  # of training and of validation that are looked at, at most
+REBUILT = 500  # of the latter, about, whose stains are drawn again from themselves, which costs the most
+BLOCK = 256
 LOW = 0.2  # share below which a prediction is warned of
 GAP = 0.2  # of R2: what another explanation must bring to be named
 FEW = 200  # training cells
@@ -39,7 +42,7 @@ def imputability(table: pd.DataFrame, trained: Mapping[str, int]) -> pd.DataFram
     Parameters
     ----------
     table
-        `fidelity.compare`'s, with a column `group`.
+        `fidelity.compare`'s, with a column `group`; of the rebuilt stains it may hold some cells alone.
     trained
         Training cells that showed each marker.
 
@@ -68,7 +71,7 @@ def imputability(table: pd.DataFrame, trained: Mapping[str, int]) -> pd.DataFram
         row["within"] = _r2(_centred(real, groups), _centred(predicted, groups))
         for column, name in (("rebuilt", "full"), ("rebuilt_shared", "shared")):
             own = by.get(name)
-            row[column] = np.nan if own is None else _r2(real, own.loc[guess.index, "intensity_predicted"].to_numpy())
+            row[column] = np.nan if own is None else _r2(own["intensity_real"], own["intensity_predicted"])
         row |= {"cells": len(guess), "groups": len(np.unique(groups)), "trained": trained.get(str(marker), 0)}
         rows.append({**row, "reasons": reasons(row)})
     return pd.DataFrame(rows)
@@ -106,7 +109,7 @@ def reasons(row: Mapping[str, Any]) -> str:
     return "; ".join(said)
 
 
-def assess(run: Run, store: CellStore) -> Path | None:
+def assess(run: Run, store: CellStore, progress: Progress | None = None) -> Path | None:
     """Score a trained run on its validation groups, into its folder; None where it has none.
 
     A marker that no validation cell shows beside what it is predicted from has no row, and `warnings_of` says so. What
@@ -120,18 +123,38 @@ def assess(run: Run, store: CellStore) -> Path | None:
     train, val = sampled(run, store, CELLS)
     if not len(val) or not len(train):
         return None
-    floors = Floors(len(run.panel), run.source_channels)
-    for images, measured in unpaired(run, store, CELLS):
-        floors.add(images, measured)
-    make = partial(predict_cells, run, store, latents=False)
-    collect(make, store, run.panel, train, fit=floors)
-    found = collect(make, store, run.panel, val, against=floors).fidelity
-    found["group"] = store.obs[run.split.by].astype(str).to_numpy()[val[found["position"].to_numpy(int)]]
+    found = _compared(run, store, train, val, progress)
+    found["group"] = store.obs[run.split.by].astype(str).to_numpy()[found["position"].to_numpy(int)]
     table = imputability(found, shown(run, store))
     partial_path = path.with_name(path.name + ".partial")
     partial_path.write_text(table.to_json(orient="records", indent=1) + "\n")
     partial_path.replace(path)
     return path
+
+
+def _compared(
+    run: Run, store: CellStore, train: NDArray[np.intp], val: NDArray[np.intp], progress: Progress | None
+) -> pd.DataFrame:
+    """Return `fidelity.compare`'s table of the validation cells, `position` their rows in the store."""
+    floors = Floors(len(run.panel), run.source_channels)
+    for images, measured in unpaired(run, store, CELLS):
+        floors.add(images, measured)
+    some = val[:: max(1, len(val) // REBUILT)]
+    tables, done, total = [], 0, len(train) + len(val) + len(some)
+    for cells, rebuilt in ((train, False), (val, False), (some, True)):
+        for start in range(0, len(cells), BLOCK):
+            rows = cells[start : start + BLOCK]
+            part = predict_cells(run, store, rows, full=rebuilt, shared=rebuilt, latents=False)
+            if cells is train:
+                floors.add(part.real, part.measured)
+            else:
+                table = compare(part, run.panel.markers, run.panel.chromatin_index, floors, sums_only=True)
+                new = table["prediction"].isin(("full", "shared")) == rebuilt
+                tables.append(table.assign(position=rows[table["position"].to_numpy(int)])[new])
+            done += len(rows)
+            if progress:
+                progress(done, total)
+    return pd.concat(tables, ignore_index=True)
 
 
 def shown(run: Run, store: CellStore) -> dict[str, int]:

@@ -30,6 +30,7 @@ def predict_cells(
     shared: bool = True,
     sharp: bool = False,
     latents: bool = True,
+    own_latents: bool = True,
     batch_size: int = 256,
     progress: Progress | None = None,
 ) -> PredictedCells:
@@ -40,7 +41,7 @@ def predict_cells(
     parts, done = list[PredictedCells](), 0
     batches = predict_batches(
         run, store, cells, sources=sources, full=full, shared=shared, sharp=sharp, latents=latents,
-        batch_size=batch_size,
+        own_latents=own_latents, batch_size=batch_size,
     )  # fmt: skip
     for part in batches:
         parts.append(part)
@@ -99,6 +100,7 @@ def predict_batches(
     shared: bool = True,
     sharp: bool = False,
     latents: bool = True,
+    own_latents: bool = True,
     batch_size: int = 256,
     targets: Sequence[int] | None = None,
 ) -> Iterator[PredictedCells]:
@@ -113,6 +115,8 @@ def predict_batches(
         Channels to predict, the others stay zero; None is all.
     full, shared, sharp, latents
         Also these images, and the latents of a method that has some; see `PredictedCells`.
+    own_latents
+        Of these also those of each measured stain by itself, which cost the most; else the sources' alone.
 
     Raises
     ------
@@ -138,7 +142,7 @@ def predict_batches(
         with run.fabric.autocast():
             source = batch.measured & chosen.to(device)
             images, scale = _draw(run.method, batch, source, asked, wishes)
-            shared_latents, specific_latents = _latents(run, batch, source) if latents else ({}, {})
+            shared_latents, specific_latents = _latents(run, batch, source, own_latents) if latents else ({}, {})
             error = _source_error(run.method, batch, source) if latents else None
         yield PredictedCells(
             rows,
@@ -169,12 +173,14 @@ def _draw(
     return {name: _numpy(image) for name, image in images.items()}, scale
 
 
-def _latents(run: Run, batch: Batch, source: Tensor) -> tuple[dict[str, Floats], dict[str, Floats]]:
+def _latents(run: Run, batch: Batch, source: Tensor, each: bool) -> tuple[dict[str, Floats], dict[str, Floats]]:
     """Return shared and specific latents of a batch by name; none from a method that has none."""
     shared, specific = dict[str, Floats](), dict[str, Floats]()
-    if isinstance(run.method, LatentMethod):
+    if not isinstance(run.method, LatentMethod):
+        return shared, specific
+    shared["sources"] = _numpy(run.method.encode(batch.images, source).shared)
+    if each:
         own = run.method.encode(batch.images, batch.measured)
-        shared["sources"] = _numpy(run.method.encode(batch.images, source).shared)
         for c, marker in enumerate(run.panel.markers):
             known = batch.measured[:, c, None]
             shared[marker] = _numpy(own.each[:, c].masked_fill(~known, torch.nan))

@@ -6,7 +6,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from imgshared import metrics
-from imgshared.evaluation.fidelity import FLOORS, FOLD, SCORES, by_group, compare, summarise
+from imgshared.evaluation.fidelity import FLOORS, FOLD, MOMENTS, SCORES, by_group, compare, summarise
 from imgshared.evaluation.floors import Floors
 from imgshared.prediction.types import PredictedCells
 
@@ -25,6 +25,10 @@ def table():
     images = {"predicted": gaussian_filter(real, (0, 0, 3, 3)), "full": real.copy(), "shared": 2 * real}
     cells = PredictedCells(np.arange(60), real, measured, np.ones((60, SIDE, SIDE), bool), images, {}, {})
     found = compare(cells, ("DNA", "P"), 0, floors)
+    sums = compare(cells, ("DNA", "P"), 0, floors, sums_only=True)
+    rest = found[found["prediction"] != "linear"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(sums, rest[sums.columns])
+    assert list(sums) == ["position", "marker", "prediction", "intensity_real", "intensity_predicted", *MOMENTS]
     return found.assign(group=[f"g{p % 5}" for p in found["position"]])
 
 

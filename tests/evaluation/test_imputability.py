@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,10 @@ from rich.console import Console
 from sklearn.metrics import r2_score
 
 from imgshared import api
+from imgshared.evaluation.collect import collect
+from imgshared.evaluation.floors import Floors
 from imgshared.evaluation.imputability import FILE, assess, imputability, warnings_of, with_labels
+from imgshared.prediction import predict_cells
 
 rng = np.random.default_rng(0)
 N = 300
@@ -77,6 +81,19 @@ def test_reasons_are_those_planted():
     assert batch["within"] == pytest.approx(1)
     assert "batch effect" in batch["reasons"]
     assert "few training cells (12)" in scored(real, real, trained=12)["reasons"]
+
+
+def test_it_is_what_a_whole_comparison_of_the_validation_cells_says(trained_run, toy, tmp_path):
+    run, seen = replace(trained_run, path=tmp_path), []
+    found = json.loads(assess(run, toy, lambda done, total: seen.append((done, total))).read_text())
+    train, val = (np.flatnonzero(run.split.assign(toy.obs) == part) for part in ("train", "val"))
+    floors, make = Floors(len(run.panel), run.source_channels), partial(predict_cells, run, toy)
+    collect(make, toy, run.panel, train, fit=floors)
+    table = collect(make, toy, run.panel, val, against=floors).fidelity
+    table["group"] = toy.obs["group"].to_numpy()[val[table["position"]]]
+    want = imputability(table, {"P1": 48, "P2": 24})
+    assert found == json.loads(want.to_json(orient="records"))
+    assert seen[-1] == (len(train) + 2 * len(val), len(train) + 2 * len(val))
 
 
 def test_a_trained_run_knows_and_predict_warns(trained_run, toy, tmp_path):

@@ -115,3 +115,12 @@ def test_intervals_of_stains_without_calibration_are_refused(trained_run, tmp_pa
         InputError, match=r"no validation cell shows P2 beside .*; ask for markers=\[P1\], or leave it out"
     ):
         _trust(trained_run, PredictConfig(intervals=True), [1, 2])
+
+
+def test_latents_of_the_sources_alone_are_those_beside_the_stains_own(trained_run, toy):
+    every = predict_cells(trained_run, toy, SHOWN)
+    alone = predict_cells(trained_run, toy, SHOWN, own_latents=False)
+    assert set(every.shared) == {"sources", *trained_run.panel.markers}
+    assert (set(alone.shared), alone.specific) == ({"sources"}, {})
+    np.testing.assert_array_equal(alone.shared["sources"], every.shared["sources"])
+    np.testing.assert_array_equal(alone.source_error, every.source_error)
