@@ -181,14 +181,8 @@ def predict(
     slide = not isinstance(data, CellStore) and is_slide(Path(data))
     config = _settings(SlideConfig if slide else PredictConfig, settings)
 
-    def warn(text: str) -> None:
-        if console is None:
-            warnings.warn(text, stacklevel=3)
-        else:
-            console.print(f"imgshared: warning: {text}", style="yellow", highlight=False, soft_wrap=True)
-
-    doubts = [*warnings_of(run, config.markers or run.panel.proteins), *many_sources(run, config.sources)]
-    for text in doubts + (clipped(run, config) if slide else []):
+    warn = _warner(console)
+    for text in _doubts(run, config) + (clipped(run, config) if slide else []):
         warn(text)
     if not isinstance(data, CellStore) and slide:
         path = Path(data)
@@ -206,11 +200,34 @@ def predict(
         )  # fmt: skip
 
 
-def export(run: Run | PathLike, out: PathLike, **settings: Any) -> Path:
-    """Write a run's prediction as ONNX (``.onnx``) or a PyTorch program (``.pt2``); settings are `ExportConfig`'s."""
+def export(run: Run | PathLike, out: PathLike, *, console: Console | None = None, **settings: Any) -> Path:
+    """Write a run's prediction as ONNX (``.onnx``) or a PyTorch program (``.pt2``); settings are `ExportConfig`'s.
+
+    Warns as `predict` does of markers and of more sources than the model was ever shown: the file cannot.
+    """
     from imgshared.prediction.export import export as _export  # torch.export takes a while to import
 
-    return _export(_opened_run(run), Path(out), _settings(ExportConfig, settings))
+    run, config, warn = _opened_run(run), _settings(ExportConfig, settings), _warner(console)
+    path = _export(run, Path(out), config)
+    for text in _doubts(run, config):
+        warn(text)
+    return path
+
+
+def _doubts(run: Run, config: PredictConfig | SlideConfig | ExportConfig) -> list[str]:
+    return [*warnings_of(run, config.markers or run.panel.proteins), *many_sources(run, config.sources)]
+
+
+def _warner(console: Console | None) -> Callable[[str], None]:
+    """Return what tells a user of a doubt: on the console, or as a warning of what was called."""
+
+    def warn(text: str) -> None:
+        if console is None:
+            warnings.warn(text, stacklevel=3)
+        else:
+            console.print(f"imgshared: warning: {text}", style="yellow", highlight=False, soft_wrap=True)
+
+    return warn
 
 
 @alone()

@@ -248,7 +248,7 @@ def _predict(a: argparse.Namespace) -> None:
 def _export(a: argparse.Namespace) -> None:
     from imgshared import api
 
-    print(api.export(a.run_folder, a.out, config=load(ExportConfig, a.config, a.settings)))
+    print(api.export(a.run_folder, a.out, console=_console(), config=load(ExportConfig, a.config, a.settings)))
 
 
 def _evaluate(a: argparse.Namespace) -> None:

@@ -1,9 +1,12 @@
 """What `predict` warns of: sources of another scale, cells unlike the calibration's, more sources than were shown."""
 
+import io
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from imgshared import api
 from imgshared.config import PredictConfig, TranslatorConfig
@@ -107,3 +110,9 @@ def test_more_proteins_than_were_ever_shown_are_told_of(untrained, trained_run, 
     assert many_sources(replace(one, method=Ensemble([one.method, one.method])), every)
     with pytest.warns(UserWarning, match=r"sources=\[...\] holds 2 proteins \(P1, P2\), .* 1 at once at most"):
         api.predict(one, toy, tmp_path / "p.zarr", sources=every, markers=["P1"])
+    told = r"sources=\[...\] holds 2 proteins \(P1, P2\)"
+    with pytest.warns(UserWarning, match=told):
+        api.export(one, tmp_path / "m.onnx", sources=every, markers=["P1"])
+    heard = io.StringIO()
+    api.export(one, tmp_path / "n.onnx", console=Console(file=heard, width=500), sources=every, markers=["P1"])
+    assert re.search(f"imgshared: warning: {told}", heard.getvalue())
