@@ -352,8 +352,8 @@ class _bar:
             self._progress.start()
 
         def moved(what: str, done: int, total: int) -> None:
-            self._progress.start()
             self._progress.update(task, description=what, completed=done, total=total)
+            self._progress.start()
 
         return moved
 
