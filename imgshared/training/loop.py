@@ -139,7 +139,7 @@ class Trainer:
         finally:
             self.log.close()
         self.fabric.barrier()  # no rank looks for `best` before it is written
-        self.log.say(f"done: {self.run}")
+        self.log.say(f"trained: {self.run}")
 
     def _run_stage(self, stage: Stage) -> None:
         """Train one stage, from wherever it was left."""
