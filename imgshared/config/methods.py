@@ -52,7 +52,8 @@ class TranslatorWeights:
     shared: Weight = 0.1  # each visible stain from the fused shared maps alone
     cross: Weight = 1.0  # each hidden stain from the shared maps of the visible ones
     agreement: Weight = 0.0  # shared latents of a cell's stains find each other
-    independence: Weight = 0.0  # shared and specific latents of a stain tell nothing of each other
+    # shared and specific latents of a stain tell nothing of each other; of stains that 8 cells of a step show
+    independence: Weight = 0.0
     patch_nce: Weight = 0.0  # patches of a translated image find their patches in the source (CUT)
     # the stain that a cell is translated to, where it is known, in a second output, the mean with texture; above 0
     # adversarial teaches that texture alone; patch_nce and cycle judge it, too, and teach the encoders beside it
@@ -99,8 +100,6 @@ class TranslatorConfig:
     translation_from: Probability = 0.0
     agreement: Literal["infonce", "triplet"] = "infonce"
     independence: Literal["hsic", "cross_covariance"] = "hsic"
-    # latents of each stain, of the last 100 steps, beside which those of a step are judged for independence
-    independence_memory: Annotated[int, Field(ge=0)] = 64
     temperature: Positive = 0.07  # of patch_nce
     patches: Count = 64  # positions a level, of patch_nce
     negatives: Literal["image", "batch"] = "image"  # of patch_nce

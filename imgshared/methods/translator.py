@@ -32,14 +32,13 @@ from imgshared.methods.draws import (
 from imgshared.methods.game import BETAS, discriminator_terms, signs_of_defeat, signs_of_rest
 from imgshared.methods.maps import MapMethod, size_of
 from imgshared.methods.step import Step, Translated
-from imgshared.models.buffer import LatentMemory
 from imgshared.models.discriminator import PatchDiscriminator, check_fits
 from imgshared.models.patches import PatchProjection, sample_positions
 from imgshared.models.pyramid import TimmPyramid
 from imgshared.models.translation import Maps
 from imgshared.types import Batch, InputError, LossTerms
 
-LEAST_ROWS = 8  # of a marker, those that are remembered with them, below which dependence is not estimated
+LEAST_ROWS = 8  # of a marker in a part of a batch, below which dependence is not estimated
 SELDOM = 0.1  # of the steps
 
 
@@ -85,9 +84,6 @@ class Translator(MapMethod):
             )
         if self.weights.patch_nce or self.weights.patch_nce_identity:
             self.projection = PatchProjection(self.network.widths)
-        self.memory = None
-        if self.weights.independence:
-            self.memory = LatentMemory(len(panel), config.independence_memory, sum(config.channels))
         self._kept: Translated | None = None
         self._estimated = Counter[int]()  # steps in which a marker's dependence was, and -1: all of an epoch
 
@@ -253,27 +249,16 @@ class Translator(MapMethod):
         return losses.info_nce(z[one], z[other])
 
     def _independence(self, step: Step) -> Tensor:
-        """Mean over the markers of the dependence of shared and specific latents, over the step and those remembered.
-
-        Of n such rows only the step's have a gradient. It is made as many times larger as they are fewer: in the mean
-        over steps it is that of the dependence over all n.
-        """
-        assert self.memory is not None
+        """Mean over the markers of the dependence of shared and specific latents over the cells of the batch."""
         measure = losses.hsic if self.config.independence == "hsic" else losses.cross_covariance
         size = size_of(step.batch.images)
         channels = step.stains.channels[step.encoded]
         shared = self.network.pool(self._alone(step.maps, channels).shared, size)
         specific = self.network.pool(step.maps.specific, size)
-        self.memory.step()
-        self._estimated[-1] += 1
-        each = []
-        for c in channels.unique().tolist():
-            new = torch.cat([shared[channels == c], specific[channels == c]], 1)
-            rows = self.memory.beside(c, new)
-            if len(rows) >= LEAST_ROWS:
-                value = measure(rows[:, : shared.shape[1]], rows[:, shared.shape[1] :])
-                each.append(value + (len(rows) / len(new) - 1) * (value - value.detach()))
-                self._estimated[c] += 1
+        count = channels.bincount(minlength=len(self.panel)).tolist()
+        found = [c for c, n in enumerate(count) if n >= LEAST_ROWS]
+        self._estimated.update([-1, *found])
+        each = [measure(shared[channels == c], specific[channels == c]) for c in found]
         return torch.stack(each).mean() if each else shared.sum() * 0.0
 
     def _norm(self, step: Step) -> Tensor:
@@ -387,7 +372,6 @@ class Translator(MapMethod):
         if missed:
             said.append(
                 f"independence was hardly ever estimated of {', '.join(missed)}: fewer than {LEAST_ROWS} cells of a "
-                "step and of those remembered (of each process) show it. Raise train.batch_size or "
-                "method.independence_memory, or leave independence off"
+                "step (of each process) show it. Raise train.batch_size, or lower method.chromatin_only"
             )
         return said

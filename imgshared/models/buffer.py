@@ -1,4 +1,4 @@
-"""What a method keeps of earlier steps: images that a discriminator sees again, latents beside those of a few cells."""
+"""Pool of generated images that a discriminator sees again."""
 
 from __future__ import annotations
 
@@ -57,53 +57,7 @@ class ImageBuffer(nn.Module):
         return images, markers
 
 
-class LatentMemory(nn.Module):
-    """The last latents of each marker, beside those of a batch too small to judge by (Wang et al. 2020, XBM).
-
-    A network changes little in a few steps: what it said then stands for what it would say now. What it said long ago
-    does not, and is forgotten. As with `ImageBuffer`, all is in buffers, and each process has its own.
-
-    Parameters
-    ----------
-    markers, size, width
-        Number of markers, of rows that are kept of each (0: none), of latents in a row.
-    age
-        Steps after which a row is forgotten.
-    """
-
-    rows: Tensor
-    born: Tensor
-    kept: Tensor
-    now: Tensor
-
-    def __init__(self, markers: int, size: int, width: int, age: int = 100) -> None:
-        super().__init__()
-        self.age = age
-        self.register_buffer("rows", torch.zeros(markers, size, width))
-        self.register_buffer("born", torch.full((markers, size), -age - 1))
-        self.register_buffer("kept", torch.zeros(markers, dtype=torch.int64))
-        self.register_buffer("now", torch.zeros((), dtype=torch.int64))
-
-    def step(self) -> None:
-        """All that is remembered is a step older."""
-        self.now += 1
-
-    def beside(self, marker: int, new: Tensor) -> Tensor:
-        """(n, width) rows of a step, then the remembered ones, without gradient; the new ones are remembered."""
-        fresh = self.now - self.born[marker] <= self.age
-        past = self.rows[marker][fresh]
-        size = self.rows.shape[1]
-        if size:
-            last = new.detach()[-size:]
-            places = (self.kept[marker] + torch.arange(len(last), device=new.device)) % size
-            self.rows[marker, places] = last.to(self.rows.dtype)
-            self.born[marker, places] = self.now
-            self.kept[marker] += len(last)
-        return torch.cat([new, past.to(new.dtype)])
-
-
 def pool_state(module: nn.Module) -> dict[str, Tensor]:
     """Return the entries of a module's state dict that are its pools: all that differs between processes."""
-    kinds = (ImageBuffer, LatentMemory)
-    pools = tuple(f"{name}." for name, child in module.named_modules() if isinstance(child, kinds))
+    pools = tuple(f"{name}." for name, child in module.named_modules() if isinstance(child, ImageBuffer))
     return {name: value for name, value in module.state_dict().items() if name.startswith(pools)}

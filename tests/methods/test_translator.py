@@ -171,43 +171,6 @@ def test_a_term_is_its_formula(
     assert terms.parts[name].item() == terms.total.item()
 
 
-def some_cells(batch: Batch, rows: Sequence[int]) -> Batch:
-    return Batch(batch.index[rows], batch.images[rows], batch.measured[rows])
-
-
-@pytest.mark.parametrize("kind", ["hsic", "cross_covariance"])
-def test_independence_is_judged_with_what_is_remembered(kind: str, make: Make, three_stains: Tensor) -> None:
-    method, batch = make(three_stains, {"independence": 0.7}, independence=kind)
-    parts = [some_cells(batch, rows) for rows in (range(9), range(9, 20))]  # the second has three cells with P0
-    alone, both = (method.loss(part, "generator").total.item() for part in parts)
-    assert both == pytest.approx(0.7 * independence(method, batch), rel=1e-4)
-    method, _ = make(three_stains, {"independence": 0.7}, independence=kind, independence_memory=0)
-    fresh, forgotten = (method.loss(part, "generator").total.item() for part in parts)
-    assert fresh == pytest.approx(alone, rel=1e-6)
-    assert forgotten != pytest.approx(both, rel=0.01)
-
-
-@pytest.mark.parametrize("kind", ["hsic", "cross_covariance"])
-def test_small_steps_with_a_memory_move_it_as_one_large_step_does(kind: str, make: Make) -> None:
-    measured = torch.zeros(20, 3, dtype=torch.bool)
-    measured[:, :2] = True
-    weights, settings = {"independence": 1.0}, {"independence": kind, "independence_memory": 15}
-
-    def gradient(method: Translator, cells: Batch) -> Tensor:
-        method.zero_grad()
-        method.loss(cells, "generator").total.backward()
-        return torch.cat([p.grad.flatten() for p in method.network.encoders.parameters() if p.grad is not None])
-
-    small, batch = make(measured, weights, **settings)
-    parts = [some_cells(batch, range(i, i + 5)) for i in range(0, 20, 5)]
-    for part in parts:
-        small.loss(part, "generator")
-    steps = torch.stack([gradient(small, part) for part in parts])  # each beside the fifteen others
-    large = gradient(make(measured, weights, **settings)[0], batch)
-    torch.testing.assert_close(steps.mean(0), large, rtol=1e-3, atol=1e-5 * large.abs().max().item())
-    assert not torch.allclose(steps[0], large, rtol=0.1)
-
-
 def test_cross_is_the_error_of_what_was_hidden(make: Make, three_stains: Tensor) -> None:
     method, batch = make(three_stains, {"cross": 0.7})
     want = 0.7 * predicted(method, batch, stains(method, batch, hidden=True))

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from imgshared.models.buffer import ImageBuffer, LatentMemory, pool_state
+from imgshared.models.buffer import ImageBuffer, pool_state
 
 
 def numbered(*numbers):
@@ -105,77 +105,15 @@ def test_half_images_stay_half():
     assert out.dtype == torch.bfloat16
 
 
-def rows(*numbers):
-    """Rows of two latents that hold their number."""
-    return torch.tensor(numbers, dtype=torch.float32)[:, None].expand(-1, 2).clone()
-
-
-def beside(memory, marker, *numbers):
-    """The numbers that come back in a step that adds some to one marker: the new ones, then the others in order."""
-    memory.step()
-    found = memory.beside(marker, rows(*numbers))
-    assert (found[:, 0] == found[:, 1]).all()
-    assert found[: len(numbers), 0].tolist() == list(numbers)
-    return sorted(found[len(numbers) :, 0].tolist())
-
-
-def test_the_last_rows_of_a_marker_are_remembered():
-    memory = LatentMemory(2, 3, 2)
-    assert beside(memory, 0, 1, 2) == []
-    assert beside(memory, 1, 9) == []
-    assert beside(memory, 0, 3, 4) == [1, 2]
-    assert beside(memory, 0, 5, 6, 7, 8, 9) == [2, 3, 4]
-    assert beside(memory, 0) == [7, 8, 9]
-    assert beside(memory, 1, 3) == [9]
-
-
-def test_what_is_old_is_forgotten():
-    memory = LatentMemory(1, 4, 2, age=2)
-    beside(memory, 0, 1)
-    assert beside(memory, 0, 2) == [1]
-    assert beside(memory, 0) == [1, 2]
-    assert beside(memory, 0) == [2]
-    assert beside(memory, 0) == []
-
-
-def test_a_memory_of_none_returns_the_new():
-    memory = LatentMemory(1, 0, 2)
-    for number in (1, 2):
-        assert beside(memory, 0, number) == []
-
-
-def test_only_new_rows_have_a_gradient_and_what_is_remembered_stays():
-    memory, new = LatentMemory(1, 4, 2), rows(1, 2).requires_grad_()
-    memory.beside(0, rows(3).requires_grad_())
-    found = memory.beside(0, new)
-    (found**2).sum().backward()
-    assert new.grad is not None
-    assert torch.equal(new.grad, 2 * new)
-    assert not memory.rows.requires_grad
-    found.data.zero_()
-    assert beside(memory, 0) == [1, 2, 3]
-
-
-def test_a_memory_goes_on_exactly_from_a_checkpoint():
-    memory, other = LatentMemory(2, 3, 2, age=2), LatentMemory(2, 3, 2, age=2)
-    beside(memory, 0, 1, 2)
-    beside(memory, 1, 3)
-    other.load_state_dict({name: value.clone() for name, value in memory.state_dict().items()})
-    for numbers in ((4, 5), (), (6,)):
-        assert beside(memory, 0, *numbers) == beside(other, 0, *numbers)
-
-
 def test_the_state_of_the_pools_is_apart_from_all_other_state():
     class Game(nn.Module):
         def __init__(self):
             super().__init__()
             self.pool, self.pool_norm = ImageBuffer(2, (1, 3, 5)), nn.BatchNorm2d(1)
-            self.memory = LatentMemory(1, 2, 3)
 
     game = Game()
     game.pool.exchange(*numbered(7))
     state = pool_state(nn.ModuleDict({"game": game}))
-    pool, memory = ("images", "markers", "count"), ("rows", "born", "kept", "now")
-    assert set(state) == {*(f"game.pool.{n}" for n in pool), *(f"game.memory.{n}" for n in memory)}
+    assert set(state) == {"game.pool.images", "game.pool.markers", "game.pool.count"}
     assert state["game.pool.markers"].tolist() == [7, 0]
     assert pool_state(game.pool_norm) == {}
