@@ -205,12 +205,13 @@ def export(run: Run | PathLike, out: PathLike, *, console: Console | None = None
 
     Warns as `predict` does of markers and of more sources than the model was ever shown: the file cannot.
     """
+    from imgshared.prediction.export import export as _export  # torch.export takes a while to import
+
     run, config, warn = _opened_run(run), _settings(ExportConfig, settings), _warner(console)
+    path = _export(run, Path(out), config)
     for text in _doubts(run, config):
         warn(text)
-    from imgshared.prediction.export import export as _export  # which takes a while to import
-
-    return _export(run, Path(out), config)
+    return path
 
 
 def _doubts(run: Run, config: PredictConfig | SlideConfig | ExportConfig) -> list[str]:

@@ -7,7 +7,7 @@ Dunn, Wasserman & Ramdas 2023 for calibration data in groups). One group tells n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +20,11 @@ from imgshared.data.features import typical_radius
 from imgshared.data.store import CellStore
 from imgshared.evaluation.floors import Floors
 from imgshared.evaluation.judgeable import sampled, unpaired
-from imgshared.prediction import Run, predict_cells
+from imgshared.prediction import Run, predict_batches
+from imgshared.prediction.cells import Progress
 from imgshared.prediction.trust import CLIP, FILE, Trust, describe_latent, describe_source, distance
 from imgshared.prediction.types import Floats, PredictedCells
 
-Progress = Callable[[int, int], None]
 LEVEL = 0.9
 OTHER_LEVELS = (0.5, 0.8, 0.95)  # for the reliability diagram
 CELLS = 1500  # of training and of validation that are looked at, at most
@@ -50,10 +50,9 @@ def calibrate(run: Run, store: CellStore, progress: Progress | None = None) -> P
 
     def predicted(cells: NDArray[np.intp]) -> Iterator[PredictedCells]:
         nonlocal done
-        for start in range(0, len(cells), BLOCK):
-            part = cells[start : start + BLOCK]
-            yield predict_cells(run, store, part, full=False, shared=False, own_latents=False)
-            done += len(part)
+        for part in predict_batches(run, store, cells, full=False, shared=False, own_latents=False, batch_size=BLOCK):
+            yield part
+            done += len(part.cells)
             if progress:
                 progress(done, total)
 

@@ -7,7 +7,7 @@ it. An evaluation gives it again for the held-out groups.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from imgshared.data.store import CellStore
 from imgshared.evaluation.fidelity import compare
 from imgshared.evaluation.floors import Floors
 from imgshared.evaluation.judgeable import sampled, unpaired
-from imgshared.prediction import Run, predict_cells
+from imgshared.prediction import Run, predict_batches
+from imgshared.prediction.cells import Progress
 from imgshared.types import InputError
 
 FILE = "imputability.json"
-Progress = Callable[[int, int], None]
 CELLS = 1000  # of training and of validation that are looked at, at most
 REBUILT = 500  # of the latter, about, whose stains are drawn again from themselves, which costs the most
 BLOCK = 64
@@ -142,16 +142,14 @@ def _compared(
     some = val[:: max(1, len(val) // REBUILT)]
     tables, done, total = [], 0, len(train) + len(val) + len(some)
     for cells, rebuilt in ((train, False), (val, False), (some, True)):
-        for start in range(0, len(cells), BLOCK):
-            rows = cells[start : start + BLOCK]
-            part = predict_cells(run, store, rows, full=rebuilt, shared=rebuilt, latents=False)
+        for part in predict_batches(run, store, cells, full=rebuilt, shared=rebuilt, latents=False, batch_size=BLOCK):
             if cells is train:
                 floors.add(part.real, part.measured)
             else:
                 table = compare(part, run.panel.markers, run.panel.chromatin_index, floors, sums_only=True)
                 new = table["prediction"].isin(("full", "shared")) == rebuilt
-                tables.append(table.assign(position=rows[table["position"].to_numpy(int)])[new])
-            done += len(rows)
+                tables.append(table.assign(position=part.cells[table["position"].to_numpy(int)])[new])
+            done += len(part.cells)
             if progress:
                 progress(done, total)
     return pd.concat(tables, ignore_index=True)

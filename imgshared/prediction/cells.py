@@ -30,7 +30,6 @@ def predict_cells(
     shared: bool = True,
     sharp: bool = False,
     latents: bool = True,
-    own_latents: bool = True,
     batch_size: int = 256,
     progress: Progress | None = None,
 ) -> PredictedCells:
@@ -41,7 +40,7 @@ def predict_cells(
     parts, done = list[PredictedCells](), 0
     batches = predict_batches(
         run, store, cells, sources=sources, full=full, shared=shared, sharp=sharp, latents=latents,
-        own_latents=own_latents, batch_size=batch_size,
+        batch_size=batch_size,
     )  # fmt: skip
     for part in batches:
         parts.append(part)

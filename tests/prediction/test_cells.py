@@ -9,7 +9,7 @@ import tifffile
 
 from imgshared.config import CutConfig, PredictConfig
 from imgshared.data.store import CellStore
-from imgshared.prediction import predict, predict_cells, predictable
+from imgshared.prediction import predict, predict_batches, predict_cells, predictable
 from imgshared.prediction.trust import Trust
 from imgshared.prediction.write import Job, _predicted, _stored, _trust, _write
 from imgshared.types import InputError
@@ -119,7 +119,7 @@ def test_intervals_of_stains_without_calibration_are_refused(trained_run, tmp_pa
 
 def test_latents_of_the_sources_alone_are_those_beside_the_stains_own(trained_run, toy):
     every = predict_cells(trained_run, toy, SHOWN)
-    alone = predict_cells(trained_run, toy, SHOWN, own_latents=False)
+    (alone,) = predict_batches(trained_run, toy, SHOWN, own_latents=False)
     assert set(every.shared) == {"sources", *trained_run.panel.markers}
     assert (set(alone.shared), alone.specific) == ({"sources"}, {})
     np.testing.assert_array_equal(alone.shared["sources"], every.shared["sources"])
