@@ -215,7 +215,8 @@ def export(run: Run | PathLike, out: PathLike, *, console: Console | None = None
 
 
 def _doubts(run: Run, config: PredictConfig | SlideConfig | ExportConfig) -> list[str]:
-    return [*warnings_of(run, config.markers or run.panel.proteins), *many_sources(run, config.sources)]
+    asked = [run.panel.markers[c] for c in run.panel.indices(config.markers or run.panel.proteins)]
+    return [*warnings_of(run, asked), *many_sources(run, config.sources)]
 
 
 def _warner(console: Console | None) -> Callable[[str], None]:

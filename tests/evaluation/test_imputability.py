@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -16,6 +17,7 @@ from imgshared.evaluation.collect import collect
 from imgshared.evaluation.floors import Floors
 from imgshared.evaluation.imputability import FILE, assess, imputability, warnings_of, with_labels
 from imgshared.prediction import predict_cells
+from imgshared.types import InputError
 
 rng = np.random.default_rng(0)
 N = 300
@@ -113,9 +115,12 @@ def test_a_trained_run_knows_and_predict_warns(trained_run, toy, tmp_path):
     assert "few training cells" in said[0]
     with pytest.warns(UserWarning, match="P1: "):
         api.predict(trained_run, toy, tmp_path / "p.zarr", markers=["P1"])
+    with pytest.raises(InputError, match="no marker 'P9'"), warnings.catch_warnings(action="error"):
+        api.predict(trained_run, toy, tmp_path / "p9.zarr", markers=["P9"])  # a name that is wrong is not doubted first
     heard = io.StringIO()
-    api.predict(trained_run, toy, tmp_path / "q.zarr", markers=["P1"], console=Console(file=heard, width=200))
+    api.predict(trained_run, toy, tmp_path / "q.zarr", markers=["p1"], console=Console(file=heard, width=200))
     assert "imgshared: warning: P1" in heard.getvalue()
+    assert "no validation cell shows" not in heard.getvalue()
     rows["P1"] |= {"image": 0.7, "intensity": 0.05, "reasons": ""}
     path.write_text(json.dumps(list(rows.values())))
     assert "do not rank cells by predicted brightness" in warnings_of(trained_run, ["P1"])[0]
