@@ -1,7 +1,7 @@
 """translator on simulated cells: is the split clean, what does each term do, and does every further stain help?
 
     python scripts/study_translator_simulated.py OUT [--parts split mean ablation subsets] [--seeds 1 2 3]
-        [--ablation-seeds 1] [--cells 2400] [--epochs 8] [--subset-epochs 20] [--record DIR]
+        [--ablation-seeds 1] [--chromatin-only 0.7 0.2] [--cells 2400] [--epochs 8] [--subset-epochs 20] [--record DIR]
 
 split      All terms on, every seed: shared factors from z_s of DNA, specific factors from it, from their own z_m and
            from z_s of their own protein (linear probes on three held-out donors), as `study_simulated.py` asks of
@@ -11,8 +11,9 @@ split      All terms on, every seed: shared factors from z_s of DNA, specific fa
 mean       The same without a sharp output, so that all terms judge the mean and reach the latents; adversarial,
            PatchNCE and cycle with their weights in configs/translator_unpaired.yaml.
 ablation   The terms of `split`, each off in turn, every seed of --ablation-seeds.
-subsets    configs/translator.yaml but for its epochs, trained once a seed: the error on a hidden stain from chromatin
-           alone, from chromatin and one other stain, from all others.
+subsets    configs/translator.yaml but for its epochs and its sharp output, which is not looked at, trained once a seed
+           and share of the cells that show chromatin alone: the error on a hidden stain from chromatin alone, from
+           chromatin and one other stain, from all others.
 
 Each part's result is translator_simulated_<part>.json. Seed 0 is left out: the settings were chosen on its cells. A
 finished run is not computed again, and one of other settings is refused.
@@ -51,6 +52,7 @@ TERMS = {
     "norm": 1e-4,
 }
 ON_THE_MEAN = {**TERMS, "sharp": 0, "adversarial": 0.1, "patch_nce": 0.1, "cycle": 1.0}
+MEAN = ("method.weights.sharp=0", "method.weights.adversarial=0")
 Rows = list[dict[str, Any]]
 HELD_OUT = ("D08", "D09", "D10")
 SHOWN = pd.Series({"chromatin": 1e3, "and one": 1e3, "and all": 1e3, "all / chromatin": 1.0})
@@ -62,13 +64,18 @@ def main() -> None:
         "split": lambda a: {"weights": TERMS, "rows": [one(a, s, "all_terms", TERMS) for s in a.seeds]},
         "mean": lambda a: {"weights": ON_THE_MEAN, "rows": [one(a, s, "on_the_mean", ON_THE_MEAN) for s in a.seeds]},
         "ablation": lambda a: {"weights": TERMS, "rows": ablation(a)},
-        "subsets": lambda a: {"rows": [row for s in a.seeds for row in subsets(a, s)]},
+        "subsets": lambda a: {
+            "rows": [row for share in a.chromatin_only for s in a.seeds for row in subsets(a, share, s)]
+        },
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--ablation-seeds", type=int, nargs="+", default=[1])
+    parser.add_argument(
+        "--chromatin-only", type=float, nargs="+", default=[0.7, 0.2], help="of subsets; 0.7 is shipped"
+    )
     parser.add_argument("--cells", type=int, default=2400)
     parser.add_argument("--epochs", type=int, default=8, help="of all parts but subsets")
     parser.add_argument("--subset-epochs", type=int, default=20)
@@ -93,13 +100,12 @@ TITLES = {
 def over_seeds(rows: Rows) -> str:
     """Return a table of means over seeds with their spread, a row for each of what else tells rows apart."""
     table = pd.DataFrame(rows).drop(columns=["seed", "others"], errors="ignore")
-    words = [c for c in ("without", "hidden") if c in table]
+    words = [c for c in ("without", "chromatin_only", "hidden") if c in table]
     numbers = table.drop(columns=words) * SHOWN.reindex(table.columns.drop(words), fill_value=1.0)
     shown: Rows = []
-    for name in table[words[0]].unique() if words else [""]:
-        part = numbers[table[words[0]] == name] if words else numbers
-        row: dict[str, Any] = {words[0]: name} if words else {}
-        for c, v in part.items():
+    for names, part in table.groupby(words, sort=False) if words else [((), table)]:
+        row: dict[str, Any] = dict(zip(words, names, strict=True))
+        for c, v in numbers.loc[part.index].items():
             row[str(c)] = f"{v.mean():.2f} ({v.min():.2f} to {v.max():.2f})"
         shown.append(row)
     return markdown(shown)
@@ -191,9 +197,11 @@ def of_some_cells(run: Run, store: CellStore, cells: int = 500) -> dict[str, flo
     return {"detail, fold off": fold_off(ratios), "HSIC, z_s and z_m of a protein": float(np.mean(dependence))}
 
 
-def subsets(a: argparse.Namespace, seed: int) -> Rows:
+def subsets(a: argparse.Namespace, chromatin_only: float, seed: int) -> Rows:
     """Return the error on each protein by the number of other stains that are given."""
-    run = trained(a, a.out / f"as_shipped_{seed}", seed, f"method.epochs={a.subset_epochs}")
+    settings = (*MEAN, f"method.epochs={a.subset_epochs}", f"method.chromatin_only={chromatin_only}")
+    run = trained(a, a.out / f"subsets_{chromatin_only}_{seed}", seed, *settings)
+    which = {"chromatin_only": chromatin_only, "seed": seed}
     store = CellStore(stored(a, seed))
     held_out = np.flatnonzero(store.obs["group"].isin(HELD_OUT))
     measured = store.measured[held_out]
@@ -209,10 +217,10 @@ def subsets(a: argparse.Namespace, seed: int) -> Rows:
         given = [[run.panel.chromatin], *([run.panel.chromatin, m] for m in others), [run.panel.chromatin, *others]]
         errors = [_error(run, store, cells, marker, sources) for sources in given]
         row = {"chromatin": errors[0], "and one": float(np.mean(errors[1:-1])), "and all": errors[-1]}
-        names = {"seed": seed, "hidden": marker, "others": ", ".join(others)}
+        names = {**which, "hidden": marker, "others": ", ".join(others)}
         rows.append({**names, **row, "all / chromatin": errors[-1] / errors[0]})
-    mean = {str(k): v for k, v in pd.DataFrame(rows).drop(columns="seed").mean(numeric_only=True).items()}
-    return [*rows, {"seed": seed, "hidden": "mean", "others": "", **mean}]
+    mean = {str(k): v for k, v in pd.DataFrame(rows).drop(columns=list(which)).mean(numeric_only=True).items()}
+    return [*rows, {**which, "hidden": "mean", "others": "", **mean}]
 
 
 def _error(run: Run, store: CellStore, cells: Any, marker: str, sources: list[str]) -> float:
