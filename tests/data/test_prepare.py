@@ -312,56 +312,6 @@ def test_without_chromatin_there_must_be_a_mask_and_no_other_name_of_it(manifest
         run(manifest, markers=["LaminB1"])
 
 
-def test_no_chromatin_name(tmp_path):
-    write_image(tmp_path, "a.ome.tif", ("CD3", "LaminB1"))
-    with pytest.raises(InputError, match="no marker has a usual chromatin name among CD3, LaminB1"):
-        run(write_manifest(tmp_path, "image\na.ome.tif\n"))
-
-
-def test_image_missing_a_promised_marker(tmp_path):
-    write_image(tmp_path, "a.ome.tif")
-    path = write_manifest(tmp_path, "image,channels\na.ome.tif,DNA;LaminB2\n")
-    with pytest.raises(InputError, match=r"promises the marker 'LaminB2' of .*a\.ome\.tif.*Did you mean 'LaminB1'"):
-        run(path)
-
-
-def test_dtypes_of_two_images_differ(manifest):
-    write_image(manifest.parent, "b.ome.tif", data=make_image(dtype="uint8"))
-    with pytest.raises(InputError, match=r"b\.ome\.tif is uint8, but .*a\.ome\.tif is uint16"):
-        run(manifest)
-
-
-def test_pixel_sizes_of_two_images_differ(manifest):
-    write_image(manifest.parent, "b.ome.tif", PhysicalSizeX=0.5, PhysicalSizeY=0.5)
-    with pytest.raises(InputError, match=r"pixel sizes differ: .*a\.ome\.tif unknown, .*b\.ome\.tif 0\.5 µm"):
-        run(manifest)
-    assert run(manifest, source_pixel_size_um=0.5).cells == 6
-
-
-def test_mask_of_another_shape(manifest):
-    tifffile.imwrite(manifest.parent / "b_mask.tif", make_mask()[:-8])
-    with pytest.raises(InputError, match=r"b_mask\.tif is 120 x 128 pixels, but its image .*b\.ome\.tif is 128 x 128"):
-        run(manifest)
-
-
-def test_lengths_in_micrometres_need_a_pixel_size(tmp_path):
-    write_image(tmp_path, "a.ome.tif")
-    path = write_manifest(tmp_path, "image\na.ome.tif\n")
-    with pytest.raises(InputError, match="'8 um': the images do not give their pixel size"):
-        run(path, segment=SegmentSettings(split="8 um"))
-
-
-def test_no_nuclei(tmp_path):
-    write_image(tmp_path, "a.ome.tif", data=np.full((2, SIDE, SIDE), 7, np.uint16))
-    path = write_manifest(tmp_path, "image\na.ome.tif\n")
-    with pytest.raises(InputError, match=r"no nuclei found in any image of .*m\.csv \(a.*threshold_scale"):
-        run(path)
-    assert not list(tmp_path.glob("out.zarr*"))
-    write_image(tmp_path, "b.ome.tif")
-    path.write_text("image\na.ome.tif\nb.ome.tif\n")
-    assert "1 image(s) without nuclei: a" in run(path).warnings
-
-
 def test_broken_image_in_the_middle_leaves_no_store_and_a_rerun_works(manifest):
     data = make_image(("dna", "CD3"), "float32")
     write_image(manifest.parent, "a.ome.tif", ("LaminB1", "DNA"), make_image(dtype="float32"))
@@ -431,48 +381,6 @@ def test_images_scaled_one_by_one_are_told_also_where_they_are_resampled(tmp_pat
     small = SegmentSettings(min_diameter="6 px", max_diameter="40 px")
     summary = run(write_manifest(tmp_path, "image,mask\n" + rows), pixel_size_um=size, crop_px=24, segment=small)
     assert any("as if scaled one by one" in warning for warning in summary.warnings)
-
-
-def test_a_channel_that_is_damaged_is_named_by_its_own_file(tmp_path):
-    folder = tmp_path / "one"
-    folder.mkdir()
-    for name, plane in zip(("DNA", "P"), make_image(), strict=True):
-        tifffile.imwrite(folder / f"{name}.tif", plane, compression="zlib")
-    tifffile.imwrite(tmp_path / "k.tif", make_mask())
-    broken = bytearray((folder / "P.tif").read_bytes())
-    with tifffile.TiffFile(folder / "P.tif") as file:
-        start = file.pages[0].dataoffsets[0]
-    broken[start : start + 200] = b"\xff" * 200
-    (folder / "P.tif").write_bytes(broken)
-    with pytest.raises(InputError, match=r"P\.tif is damaged"):
-        run(write_manifest(tmp_path, "image,mask\none,k.tif\n"), pattern="{channel}.tif")
-
-
-PREDICTED = ("CD3_imputed", "cd8_IMPUTED", "CD3_imputed_uncertainty")
-
-
-def test_predicted_channels_are_no_measurements(tmp_path):
-    """As `predict measured=true` writes slides; one warning tells of all images."""
-    for name in "ab":
-        write_image(tmp_path, f"{name}.ome.tif", ("DNA", "LaminB1", *PREDICTED))
-        tifffile.imwrite(tmp_path / f"{name}_mask.tif", make_mask())
-    manifest = write_manifest(tmp_path, "image,mask\na.ome.tif,a_mask.tif\nb.ome.tif,b_mask.tif\n")
-    summary = run(manifest)
-    assert store_of(manifest).panel.markers == ("DNA", "LaminB1")
-    told = f"predicted channels of 2 image(s) are no measurements and were left out: {', '.join(PREDICTED)}"
-    assert summary.warnings.count(told) == 1
-    run(write_manifest(tmp_path, "image,mask,channels\na.ome.tif,a_mask.tif,DNA;CD3_imputed\n"), overwrite=True)
-    assert store_of(manifest).panel.markers == ("DNA",)
-    with pytest.raises(InputError, match="no marker 'CD3_imputed' in the panel DNA"):
-        run(manifest, markers=["CD3_imputed"], overwrite=True)
-    with pytest.raises(InputError, match="aliases: cd3_imputed is the name of a prediction"):
-        run(manifest, aliases={"CD3": ["CD3_imputed"]}, overwrite=True)
-
-
-def test_an_image_of_predictions_alone_is_refused(tmp_path):
-    write_image(tmp_path, "a.ome.tif", PREDICTED)
-    with pytest.raises(InputError, match=r"a\.ome\.tif holds predictions alone \(CD3_imputed, .*measured=true"):
-        run(write_manifest(tmp_path, "image\na.ome.tif\n"))
 
 
 @pytest.mark.skipif("IMGSHARED_REAL_DATA" not in os.environ, reason="IMGSHARED_REAL_DATA is not set")
