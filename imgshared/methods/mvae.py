@@ -21,6 +21,7 @@ from imgshared.losses import kl_per_dimension, reconstruction
 from imgshared.methods.base import LatentMethod, ParameterGroup, Stage, never_joined, refuse_without_partner, sum_terms
 from imgshared.methods.draws import at_most
 from imgshared.methods.noise import drawn, fixed_noise
+from imgshared.methods.posterior import signs_of_collapse, spread_of_kl
 from imgshared.models.bounds import soft_bound
 from imgshared.models.decoder import LatentDecoder
 from imgshared.models.encoder import SplitEncoder
@@ -28,8 +29,6 @@ from imgshared.models.fusion import fuse_product
 from imgshared.types import Batch, Latents, LossTerms, Prediction
 
 LOG_STD = 6.0  # an expert's log standard deviation is kept within +- this, where its precision is finite
-ACTIVE = 0.01  # nats of KL from which a latent dimension counts as used
-COLLAPSED = 0.05  # of the latent dimensions in use
 
 
 class Experts(NamedTuple):
@@ -100,10 +99,8 @@ class Mvae(LatentMethod):
         likelihood is a mean over pixels and the KL, summed over the latent dimensions, is divided by their number, so
         that beta = 1 is the true bound. The likelihood "bce" is Bernoulli, "mse" Gaussian of variance 1/2.
 
-        What is watched is no term of the loss: the KL of each latent dimension, averaged over the batch, given all
-        stains, chromatin alone (`chromatin/...`) and one protein alone (`protein/...`). `kl_low`, `kl_median` and
-        `kl_high` are its 10%, 50% and 90% quantiles over the dimensions, in nats; `active_dimensions` counts those that
-        exceed 0.01.
+        What is watched is no term of the loss: the KL of each latent dimension (`spread_of_kl`), averaged over the
+        batch, given all stains, chromatin alone (`chromatin/...`) and one protein alone (`protein/...`).
         """
         proteins = batch.measured.clone()
         proteins[:, self.chromatin] = False
@@ -138,10 +135,10 @@ class Mvae(LatentMethod):
             parts[modality] = share * reconstruction(logits, target, self.config.likelihood)
         kl = kl_per_dimension(mean, log_std).sum() * len(mean) / n
         terms = sum_terms({**parts, "kl": beta * kl / self.pixels})
-        watched = spread_of_kl(mean[:n], log_std[:n])
+        watched = spread_of_kl([(mean[:n], log_std[:n])])
         one = slice(n, n + len(cells))
         for modality, rows, _ in self._by_modality(masks[one]):
-            found = spread_of_kl(mean[one][rows], log_std[one][rows])
+            found = spread_of_kl([(mean[one][rows], log_std[one][rows])])
             watched |= {f"{modality}/{name}": value for name, value in found.items()}
         return LossTerms(terms.total, {**terms.parts, **watched})
 
@@ -178,15 +175,8 @@ class Mvae(LatentMethod):
 
     def signs(self, values: Mapping[str, float]) -> list[str]:
         """Say where hardly any latent dimension carries information: of all stains, or of one, as predictions start."""
-        n, signs = self.config.latent_dim, []
-        for given, what in (("", ""), ("chromatin/", " of chromatin alone"), ("protein/", " of a protein alone")):
-            active = values.get(f"{given}active_dimensions", n)
-            if active < COLLAPSED * n:
-                signs.append(
-                    f"hardly any latent dimension carries information{what} ({active:.0f} of {n}): posterior collapse; "
-                    "lower method.beta or raise method.anneal"
-                )
-        return signs
+        n, remedy = self.config.latent_dim, "lower method.beta or raise method.anneal"
+        return [s for given in ("", "chromatin", "protein") for s in signs_of_collapse(values, n, remedy, given)]
 
     def _by_modality(self, marked: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield (modality, rows, channels) of the stains marked in (R, C) bool."""
@@ -218,14 +208,6 @@ def _posteriors(experts: Experts, owner: Tensor, masks: Tensor) -> tuple[Tensor,
     rows, channels = masks.nonzero(as_tuple=True)
     cells = owner[rows]
     return fuse_product(experts.mean[cells, channels], experts.log_std[cells, channels], rows, len(masks))
-
-
-@torch.no_grad()
-def spread_of_kl(mean: Tensor, log_std: Tensor) -> dict[str, Tensor]:
-    """Return how the mean KL of each dimension of (R, D) posteriors is spread over the dimensions; see `Mvae.loss`."""
-    kl = kl_per_dimension(mean, log_std)
-    low, median, high = kl.quantile(kl.new_tensor([0.1, 0.5, 0.9]))
-    return {"kl_low": low, "kl_median": median, "kl_high": high, "active_dimensions": (kl > ACTIVE).sum().float()}
 
 
 def random_subsets(shown: Tensor) -> tuple[Tensor, Tensor]:

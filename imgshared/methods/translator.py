@@ -31,6 +31,7 @@ from imgshared.methods.draws import (
 )
 from imgshared.methods.game import BETAS, discriminator_terms, signs_of_defeat, signs_of_rest
 from imgshared.methods.maps import MapMethod, size_of
+from imgshared.methods.posterior import signs_of_collapse, spread_of_kl
 from imgshared.methods.step import Step, Translated
 from imgshared.models.discriminator import PatchDiscriminator, check_fits
 from imgshared.models.patches import PatchProjection, sample_positions
@@ -147,7 +148,10 @@ class Translator(MapMethod):
         return [f"{said}; {remedy}" for said in never_joined(measured, self.panel.chromatin_index, markers)]
 
     def loss(self, batch: Batch, player: str) -> LossTerms:
-        """Return the weighted terms of the generator, or the discriminator's loss on the same translations."""
+        """Return the weighted terms of the generator, or the discriminator's loss on the same translations.
+
+        Where `kl` has a weight, the KL of each channel of the cells' fused maps is watched (`spread_of_kl`).
+        """
         return self._discriminator_loss(batch) if player == "discriminator" else self._generator_loss(batch)
 
     def _generator_loss(self, batch: Batch) -> LossTerms:
@@ -169,7 +173,9 @@ class Translator(MapMethod):
         self._kept = None
         if (w.adversarial or w.patch_nce or w.cycle) and self.progress >= self.config.translation_from:
             parts |= self._translation_terms(step)
-        return sum_terms(parts) if parts else no_terms(self._generator_parameters())
+        summed = sum_terms(parts) if parts else no_terms(self._generator_parameters())
+        watched = spread_of_kl(zip(step.fused.shared, step.fused.log_std, strict=True)) if w.kl else {}
+        return replace(summed, parts={**summed.parts, **watched})
 
     def _begin(self, batch: Batch) -> Step:
         """Draw stains, hide some, encode the visible ones and fuse their shared maps."""
@@ -362,8 +368,9 @@ class Translator(MapMethod):
         return discriminator_terms(real, guessed, kind, r1=self.weights.r1, images=images)
 
     def signs(self, values: Mapping[str, float]) -> list[str]:
-        """Say where the discriminator has won, and of which stains dependence was hardly ever estimated."""
+        """Say where a discriminator won, the posterior collapsed, dependence of a stain was hardly ever estimated."""
         said = signs_of_defeat(values, "method.weights.r1")
+        said += signs_of_collapse(values, sum(self.network.widths), "lower method.weights.kl")
         if self.discriminator is not None and self.progress > self.config.translation_from:
             said += signs_of_rest(values, "a stain and cells that can be translated to it")
         steps = self._estimated.pop(-1, 0)

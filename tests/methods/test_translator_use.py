@@ -296,6 +296,21 @@ def test_a_discriminator_that_never_moves_is_said_once_it_should(make_translator
     assert without.signs({"full": 0.1}) == []
 
 
+def test_a_posterior_that_collapses_is_said(make_translator: Make) -> None:
+    method, batch = make_translator({"fusion": "product", "weights": {"full": 1.0, "kl": 1.0}})
+    parts = method.loss(batch, "generator").parts
+    assert parts["active_dimensions"] > 0.5 * sum(method.network.widths)
+    assert method.signs({name: value.item() for name, value in parts.items()}) == []
+    with torch.no_grad():
+        for layer in method.network.log_std:
+            layer.bias.fill_(50.0)  # experts as wide as they can be: what they say is the prior
+    values = {name: value.item() for name, value in method.loss(batch, "generator").parts.items()}
+    (said,) = method.signs(values)
+    assert f"information (0 of {sum(method.network.widths)}): posterior collapse; lower method.weights.kl" in said
+    unwatched, batch = make_translator({"fusion": "product", "weights": {"full": 1.0}})
+    assert set(unwatched.loss(batch, "generator").parts) == {"full"}
+
+
 def test_stains_whose_dependence_is_hardly_ever_estimated_are_named(make_translator: Make) -> None:
     measured = torch.zeros(16, 3, dtype=torch.bool)
     measured[:, DNA] = measured[:5, 0] = measured[:9, 2] = True
