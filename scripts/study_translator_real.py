@@ -1,6 +1,7 @@
 """translator on real cells: paired and unpaired bbbc013, imc_spleen region by region, crops against whole fields.
 
     python scripts/study_translator_real.py DATA OUT [--parts bbbc013 unpaired imc_spleen] [--seeds 0 1 2]
+        [--regions ROI002 ROI004 ROI008 ROI010] [--record DIR]
 
 DATA holds bbbc013/ and imc_spleen/.
 
@@ -11,7 +12,8 @@ unpaired     DNA of the odd columns and FKHR of the even ones, never both of one
 imc_spleen   One region is reported on, the next one stops the training, two train, every seed; stains are predicted for
              the whole region at once and compared as its data sheet does, with the target smoothed at sigma 1.
 
-A finished run is not computed again, and one of other settings is refused.
+A finished run is not computed again, and one of other settings is refused: processes with other --regions can share the
+work in one OUT, and one with all of them then reports.
 """
 
 from __future__ import annotations
@@ -67,6 +69,7 @@ def main() -> None:
     }
     parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of unpaired and imc_spleen")
+    parser.add_argument("--regions", nargs="+", choices=REGIONS, default=REGIONS, help="left out, of imc_spleen")
     parser.add_argument("--record", type=Path, default=None, help="folder for the JSON (default: OUT)")
     a = parser.parse_args()
     a.out = a.out.resolve()
@@ -205,7 +208,7 @@ def regions(a: argparse.Namespace) -> dict[str, Any]:
     folder = a.data.resolve() / "imc_spleen"
     store = prepared(folder, a.out / "imc_spleen", "crop_px=64")
     rows, labels = [], []
-    for region, seed in itertools.product(REGIONS, a.seeds):
+    for region, seed in itertools.product(a.regions, a.seeds):
         val = REGIONS[(REGIONS.index(region) + 1) % len(REGIONS)]
         split = [f"split.test=[{region}]", f"split.val=[{val}]", f"seed={seed}"]
         split += ["normalise.transform=arcsinh", "normalise.cofactor=1", "normalise.low=0"]
