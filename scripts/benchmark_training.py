@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from common import ROOT, markdown, record
+from common import MEAN, ROOT, markdown, record
 from torch.utils.flop_counter import FlopCounterMode
 
 from imgshared.build import build_method
@@ -171,9 +171,7 @@ def compare(device: torch.device, steps: int) -> tuple[list[dict[str, object]], 
     for term in ("patch_nce", "cycle", "agreement", "independence", "identity"):
         variants[f"{TRANSLATOR} + {term}"] = best("translator", f"method.weights.{term}=0.1")
     variants["translator, all cells translated"] = best("translator", "method.translated=null")
-    variants["translator without adversarial"] = best(
-        "translator", "method.weights.adversarial=0", "method.weights.sharp=0"
-    )
+    variants["translator without adversarial"] = best("translator", *MEAN)
     work = {name: bench.step for name, bench in variants.items()} | {PREDICTS: variants[TRANSLATOR].predict}
     for job in work.values():
         job()  # warm up

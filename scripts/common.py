@@ -22,6 +22,8 @@ from imgshared.training.folder import changes, processor
 from imgshared.training.log import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
+# translator's mean alone, without the sharp output: the held-out error then chooses the checkpoint.
+MEAN = ("method.weights.adversarial=0", "method.weights.sharp=0")
 FLAGS = ("avx512_bf16", "amx_bf16")  # of a processor, which decide how fast it trains and in which precision
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import anndata
 import numpy as np
 import pandas as pd
-from common import ROOT, markdown, record
+from common import MEAN, ROOT, markdown, record
 from numpy.typing import NDArray
 from rich.console import Console
 from scipy import ndimage
@@ -38,7 +38,7 @@ from imgshared.prediction import Run
 
 METHODS = {
     "apollo": ("method.proteins_per_step=1", "method.latent_epochs={latent}", "method.encoder_epochs={encoder}"),
-    "translator": ("method.epochs={epochs}", "method.weights.adversarial=0", "method.weights.sharp=0"),
+    "translator": ("method.epochs={epochs}", *MEAN),
 }
 MEMBERS = 3
 DRAWS = 8

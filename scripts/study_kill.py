@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import tifffile
-from common import ROOT, markdown, provenance, record
+from common import MEAN, ROOT, markdown, provenance, record
 
 from imgshared.config import load
 from imgshared.config.schema import SimulateConfig
@@ -75,8 +75,7 @@ def verbs(out: Path) -> list[Verb]:
     metadata = {"axes": "CYX", "Channel": {"Name": ["DNA"]}, "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
     tifffile.imwrite(slide, noise, tile=(256, 256), metadata=metadata, ome=True)
     store, run = out / "prepare" / "straight", out / "train" / "straight"
-    settings = [f"data={store}", "method.epochs=3", "train.checkpoint_minutes=0", "method.weights.adversarial=0",
-                "method.weights.sharp=0"]  # fmt: skip
+    settings = [f"data={store}", "method.epochs=3", "train.checkpoint_minutes=0", *MEAN]
     return [
         Verb("prepare", lambda to, again: ["prepare", images / "manifest.csv", to], of_store),
         Verb(

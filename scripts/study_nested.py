@@ -17,14 +17,13 @@ from typing import Any
 
 import study_bbbc013
 import study_imc_spleen
-from common import ROOT, markdown, record
+from common import MEAN, ROOT, markdown, record
 from rich.console import Console
 
 import imgshared
 from imgshared.config import Experiment, load
 from imgshared.evaluation.verdict import INFERIOR, LOST
 
-MEAN = ("method.weights.adversarial=0", "method.weights.sharp=0")
 PARTS: dict[str, dict[str, Any]] = {
     "bbbc013": {
         "settings": ("split.test=0.25", "split.val=0.15", "method.epochs=8"),

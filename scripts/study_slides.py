@@ -22,7 +22,7 @@ import pandas as pd
 import study_bbbc013
 import study_imc_spleen
 import zarr
-from common import ROOT, markdown, record
+from common import MEAN, ROOT, markdown, record
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -39,7 +39,6 @@ from imgshared.slides.tiles import OVERLAP, Blended
 
 TILE = 256
 SMALL_CUT = ("method.epochs=2", "method.width=16", "method.blocks=3")
-MEAN = ("method.weights.adversarial=0", "method.weights.sharp=0")
 COUNTS = ("normalise.transform=arcsinh", "normalise.cofactor=1", "normalise.low=0")
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 import study_bbbc013
 import tifffile
-from common import ROOT, experiment_settings, finished, markdown, metrics, record, train_seconds
+from common import MEAN, ROOT, experiment_settings, finished, markdown, metrics, record, train_seconds
 from numpy.typing import NDArray
 from rich.console import Console
 from scipy.ndimage import gaussian_filter
@@ -47,8 +47,6 @@ from imgshared.prediction import Run, predict_cells, predict_image
 
 HELD_OUT = [f"{row}{column:02d}" for row in "BF" for column in range(1, 13)]
 UNPAIRED = {"translator_unpaired": 10, "cut": 4, "cyclegan": 3}  # epochs that take about the same time on a CPU
-# The mean alone: the held-out error then chooses the checkpoint, which these questions are about.
-MEAN = ("method.weights.adversarial=0", "method.weights.sharp=0")
 IMC = {
     # Every stain is drawn in every step, as regression does; with 4 of the 12, its error was still falling at the end.
     "translator": (*MEAN, "method.epochs=8", "method.hidden_proteins=12", "train.validate_every=1"),

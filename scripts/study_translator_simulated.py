@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from common import ROOT, experiment_settings, finished, fold_off, markdown, metrics, record, train_seconds
+from common import MEAN, ROOT, experiment_settings, finished, fold_off, markdown, metrics, record, train_seconds
 from rich.console import Console
 from study_simulated import SHARED, SPECIFIC, SPLIT
 
@@ -52,7 +52,6 @@ TERMS = {
     "norm": 1e-4,
 }
 ON_THE_MEAN = {**TERMS, "sharp": 0, "adversarial": 0.1, "patch_nce": 0.1, "cycle": 1.0}
-MEAN = ("method.weights.sharp=0", "method.weights.adversarial=0")
 Rows = list[dict[str, Any]]
 HELD_OUT = ("D08", "D09", "D10")
 SHOWN = pd.Series({"chromatin": 1e3, "and one": 1e3, "and all": 1e3, "all / chromatin": 1.0})
@@ -73,9 +72,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--ablation-seeds", type=int, nargs="+", default=[1])
-    parser.add_argument(
-        "--chromatin-only", type=float, nargs="+", default=[0.7, 0.2], help="of subsets; 0.7 is shipped"
-    )
+    parser.add_argument("--chromatin-only", type=float, nargs="+", default=[0.7, 0.2], help="shares, of subsets")
     parser.add_argument("--cells", type=int, default=2400)
     parser.add_argument("--epochs", type=int, default=8, help="of all parts but subsets")
     parser.add_argument("--subset-epochs", type=int, default=20)

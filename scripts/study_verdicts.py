@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import ROOT, markdown, record
+from common import MEAN, ROOT, markdown, record
 from rich.console import Console
 
 import imgshared
@@ -125,7 +125,7 @@ def trained(a: argparse.Namespace, store: Path, seed: int, scenario: str) -> Run
     donors = sorted(CellStore(store).obs["group"].astype(str).unique())
     test, val = donors[-len(donors) // 3 :], donors[len(donors) // 2 : -len(donors) // 3]
     overrides = [f"data={store}", f"seed={seed}", f"split.test={test}", f"split.val={val}", f"method.epochs={a.epochs}"]
-    overrides += ["method.weights.adversarial=0", "method.weights.sharp=0"]
+    overrides += MEAN
     experiment = load(Experiment, ROOT / "configs" / "translator.yaml", overrides)
     run = a.out / f"{scenario}_{seed}" / "run"
     return imgshared.train(experiment, out=run, resume=run.exists(), console=Console())
