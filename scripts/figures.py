@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 import imgshared
+from imgshared.data.scale import scale_bar
 from imgshared.evaluation.figures import BLUE, INK, ORANGE, SOFT
 from imgshared.prediction import predict_cells
 
@@ -74,7 +75,7 @@ def median_cells(run_folder: Path, store_folder: Path, columns: int = 2) -> Figu
         show(axes[1], real, f"{marker}, real", low, high)
         show(axes[2], predicted, f"predicted, r {cell['pearson']:.2f}", low, high)
         show(axes[3], predicted - real, "difference", -span, span, "PuOr")
-        scale_bar(axes[0], store.crop_px, store.pixel_size_um)
+        draw_scale_bar(axes[0], store.crop_px, store.pixel_size_um)
     return figure
 
 
@@ -85,17 +86,15 @@ def show(ax: Axes, image: np.ndarray, title: str, low: float, high: float, colou
     ax.set_axis_off()
 
 
-def scale_bar(ax: Axes, crop_px: int, pixel_size_um: float | None) -> None:
-    """Draw a bar of about a quarter of the crop."""
-    extent = crop_px * (pixel_size_um or 1)
-    length = max(v for v in (1, 2, 5, 10, 20, 50) if v <= max(extent / 3, 1))
+def draw_scale_bar(ax: Axes, crop_px: int, pixel_size_um: float | None) -> None:
+    """Draw the scale bar into a crop."""
+    length, says = scale_bar(crop_px, pixel_size_um)
     left, bottom = 0.05 * crop_px - 0.5, 0.93 * crop_px - 0.5
     edge = [withStroke(linewidth=2.5, foreground="black")]  # readable on bright crops
-    right = left + length / (pixel_size_um or 1)
+    right = left + length
     ax.plot([left, right], [bottom, bottom], color="white", lw=2, solid_capstyle="butt", path_effects=edge)
-    unit = "µm" if pixel_size_um else "px"
     above = bottom - 0.03 * crop_px
-    ax.text(left, above, f"{length} {unit}", color="white", fontsize=6.5, va="bottom", path_effects=edge)
+    ax.text(left, above, says, color="white", fontsize=6.5, va="bottom", path_effects=edge)
 
 
 def probes(folder: Path) -> Figure:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from common import ROOT, fold_off, markdown, record
-from figures import scale_bar, show
+from figures import draw_scale_bar, show
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -254,7 +254,7 @@ def picture(
         name = marker if len(quantiles) == 1 else f"{marker}\n{100 * quantiles[k]:.0f}%"
         line[0].text(-0.06, 0.5, name, rotation=90, ha="right", va="center", ma="center", fontsize=8.5, color=INK,
                      transform=line[0].transAxes)  # fmt: skip
-    scale_bar(axes[0][0], store.crop_px, store.pixel_size_um)
+    draw_scale_bar(axes[0][0], store.crop_px, store.pixel_size_um)
     path = out / f"methods_{dataset}.png"
     figure.savefig(path, dpi=110)
     print(path)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from imgshared.data.scale import FONT, scale_bar
+
 KEPT, DROPPED = (86, 180, 233), (230, 159, 0)  # sky blue and orange of Okabe & Ito: told apart by colour-blind eyes too
 SIDE_PX = (900, 2400)  # the picture's longer side lies between these where whole zooms allow
-FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # Pillow's own lacks µ
-BAR_UM = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 
 
 def stride_of(shape: tuple[int, int]) -> int:
@@ -56,17 +55,17 @@ def draw_outlines(
     _annotate(picture, title, pixel_size_um, zoom).save(path, compress_level=1)
 
 
-def _annotate(picture: NDArray[np.uint8], title: str, pixel_size_um: float | None, zoom: float) -> Image.Image:
-    """Put the title above and a scale bar below; the bar is in pixels where micrometres are unknown."""
+def _annotate(picture: NDArray[np.uint8], title: str, pixel_size_um: float | None, zoom: int) -> Image.Image:
+    """Put the title above and a scale bar below."""
     height, width = picture.shape[:2]
     image = Image.new("RGB", (width, height + 72), "white")
     image.paste(Image.fromarray(picture), (0, 36))
     draw, font = ImageDraw.Draw(image), ImageFont.truetype(FONT, 17)
     draw.text((8, 7), title, "black", font)
-    length = next((b for b in reversed(BAR_UM) if b / (pixel_size_um or 1) * zoom < width / 4), BAR_UM[0])
-    y, end = height + 54, 8 + length / (pixel_size_um or 1) * zoom
+    length, says = scale_bar(width // zoom, pixel_size_um)
+    y, end = height + 54, 8 + length * zoom
     draw.rectangle((8, y - 3, end, y + 3), "black")
-    draw.text((end + 8, y - 11), f"{length} {'µm' if pixel_size_um else 'px'}", "black", font)
+    draw.text((end + 8, y - 11), says, "black", font)
     for x, colour, word in ((width - 200, KEPT, "kept"), (width - 110, DROPPED, "dropped")):
         draw.rectangle((x, y - 6, x + 12, y + 6), colour)
         draw.text((x + 18, y - 11), word, "black", font)

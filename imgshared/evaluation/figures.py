@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from imgshared.data.scale import scale_bar
 from imgshared.evaluation.checks import Maps
 
 INK, SOFT, RULE = "#1d2433", "#6b7280", "#d8dce3"
@@ -52,26 +53,32 @@ STYLE: dict[str, Any] = {"fontsize": 9, "color": INK}
 
 @dataclass(frozen=True)
 class Example:
-    """One cell to show: (Y, X) images in normalised units and a caption, e.g. ``"median, r 0.81"``."""
+    """One cell to show: (Y, X) images in normalised units and a caption, e.g. ``"median, r 0.81"``.
+
+    `uncertainty` holds half widths of intervals, NaN where there are none.
+    """
 
     source: NDArray[np.float32]
     real: NDArray[np.float32]
     predicted: NDArray[np.float32]
+    uncertainty: NDArray[np.float32]
     caption: str
 
 
 def gallery(marker: str, source: str, examples: Sequence[Example], pixel_size_um: float | None) -> str:
-    """Show cells as rows: chromatin | real | predicted | difference, with a scale bar.
+    """Show cells as rows: chromatin | real | predicted | difference | uncertainty where known, with a scale bar.
 
     Real and predicted share one contrast for the marker, the 0.5 to 99.5 percentile of the real stains shown; the
-    difference spans the same width about zero.
+    difference spans the same width about zero, the uncertainty from zero to its greatest value.
     """
     low, high = np.percentile([e.real for e in examples], (0.5, 99.5))
     width = max(float(high - low), 1e-3)
     dark, light = np.percentile([e.source for e in examples], (0.5, 99.5))
+    unsure = max((float(e.uncertainty.max()) for e in examples if np.isfinite(e.uncertainty).all()), default=None)
+    titles = [source, "real", "predicted", "predicted − real", *(["uncertainty"] if unsure is not None else [])]
     # Sizes in inches, so that every crop is a square whatever the number of rows.
     side, gap, left, top = 1.3, 0.05, 0.95, 0.34
-    total = (left + 4 * (side + gap), top + len(examples) * (side + gap) + 0.34)
+    total = (left + len(titles) * (side + gap), top + len(examples) * (side + gap) + 0.34)
     figure = Figure(total, facecolor="white")
     for row, example in enumerate(examples):
         pictures = (
@@ -79,20 +86,22 @@ def gallery(marker: str, source: str, examples: Sequence[Example], pixel_size_um
             (example.real, "gray", low, high),
             (example.predicted, "gray", low, high),
             (example.predicted - example.real, "PuOr", -width, width),
+            (example.uncertainty, "viridis", 0, unsure),
         )
         bottom = total[1] - top - (row + 1) * (side + gap)
-        for column, (image, colours, vmin, vmax) in enumerate(pictures):
+        for column, (title, (image, colours, vmin, vmax)) in enumerate(zip(titles, pictures, strict=False)):
             place = (left + column * (side + gap), bottom, side, side)
             ax = figure.add_axes(tuple(v / total[i % 2] for i, v in enumerate(place)))  # type: ignore[arg-type]
             ax.imshow(image, cmap=colours, vmin=vmin, vmax=vmax, interpolation="nearest")
             ax.set_axis_off()
             if row == 0:
-                ax.set_title((source, "real", "predicted", "predicted − real")[column], pad=5, fontsize=10.5, color=INK)
+                ax.set_title(title, pad=5, fontsize=10.5, color=INK)
         middle = (bottom + side / 2) / total[1]
         figure.text(0.06 / total[0], middle, example.caption, va="center", fontsize=10, color=SOFT, linespacing=1.4)
     _scale_bar(figure, total, (left, side, gap), examples[0].real.shape[1], pixel_size_um)
     span = f"contrast {low:.2f} to {high:.2f}, difference ±{width:.2f}"
-    figure.text((left + 4 * (side + gap) - gap) / total[0], 0.1 / total[1], span, ha="right", fontsize=8.5, color=SOFT)
+    span += f", uncertainty 0 to {unsure:.2f}" if unsure is not None else ""
+    figure.text(1 - gap / total[0], 0.1 / total[1], span, ha="right", fontsize=8.5, color=SOFT)
     figure.text(0.06 / total[0], 1 - 0.2 / total[1], marker, fontsize=11, color=INK, fontweight="bold")
     return encode(figure, dpi=150)
 
@@ -161,14 +170,12 @@ def _scale_bar(
     figure: Figure, total: tuple[float, float], grid: tuple[float, float, float], pixels: int, size_um: float | None
 ) -> None:
     left, side, _ = grid
-    extent = pixels * (size_um or 1)
-    length = max(v for v in (1, 2, 5, 10, 20, 50, 100, 200) if v <= max(extent / 3, 1))
-    end = left + side * length / extent
+    length, says = scale_bar(pixels, size_um)
+    end = left + side * length / pixels
     line = figure.add_axes((left / total[0], 0.16 / total[1], (end - left) / total[0], 0.035 / total[1]))
     line.set_facecolor(INK)
     line.set(xticks=[], yticks=[])
-    unit = "µm" if size_um else "px"
-    figure.text((end + 0.08) / total[0], 0.1 / total[1], f"{length} {unit}", fontsize=9, color=INK)
+    figure.text((end + 0.08) / total[0], 0.1 / total[1], says, fontsize=9, color=INK)
 
 
 def forest(

@@ -144,13 +144,18 @@ def _galleries(shown: Shown) -> list[tuple[str, str]]:
     positions = sorted(set(table["position"])) if len(table) else []
     if not positions:
         return []
-    done = shown.study.predict(positions)
-    source, size = done.real[:, shown.panel.chromatin_index], shown.study.store.pixel_size_um
+    done, size = shown.study.pictures(positions), shown.study.store.pixel_size_um
     drawn = []
     for marker, part in table.groupby("marker", sort=False):
         channel = shown.panel.index(str(marker))
         examples = [
-            Example(source[i], done.real[i, channel], done.images["predicted"][i, channel], f"{rule}\nr {r:.2f}")
+            Example(
+                done.real[i, shown.panel.chromatin_index],
+                done.real[i, channel],
+                done.predicted[i, channel],
+                done.uncertainty[i, channel],
+                f"{rule}\nr {r:.2f}",
+            )
             for i, rule, r in zip(map(positions.index, part["position"]), part["rule"], part["pearson"], strict=True)
         ]
         drawn.append((str(marker), figures.gallery(str(marker), shown.panel.chromatin, examples, size)))

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,12 +35,20 @@ from imgshared.evaluation.labels import (
     refuse_untaught,
 )
 from imgshared.prediction import Run
-from imgshared.prediction.trust import load_trust
-from imgshared.prediction.types import PredictedCells
+from imgshared.prediction.trust import Trust, load_trust
+from imgshared.prediction.types import Floats, PredictedCells
 from imgshared.types import InputError
 
 FLOOR_CELLS = 2000  # training cells for the floors where nothing else asks for more
 REALISM = ("real", "predicted", LINEAR, MEAN)  # inputs whose features are measured where no classifier asks for them
+
+
+class Pictures(NamedTuple):
+    """Of some cells, (n, C, Y, X) each, normalised units; `uncertainty` is `Trust.pixels`, NaN without calibration."""
+
+    real: Floats
+    predicted: Floats
+    uncertainty: Floats
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class Look:
         What was kept of them.
     make
         Predicts cells of the judged store, called with (cells, full=..., shared=...).
+    trust
+        Its calibration, where that is of what is judged.
     """
 
     run: Run
@@ -62,6 +72,15 @@ class Look:
     train: Part
     test: Part
     make: Predict
+    trust: Trust | None
+
+    def pictures(self, cells: NDArray[np.intp]) -> Pictures:
+        """Predict some cells of the judged store."""
+        done = self.make(cells, full=False, shared=False)
+        half = np.full_like(done.real, np.nan)
+        if self.trust is not None:
+            half = np.stack([self.trust.pixels(done, c) for c in range(half.shape[1])], 1)
+        return Pictures(done.real, done.images["predicted"], half)
 
 
 @dataclass(frozen=True)
@@ -139,25 +158,14 @@ class Study:
             for part, name in each
         }
 
-    def predict(self, positions: Sequence[int]) -> PredictedCells:
+    def pictures(self, positions: Sequence[int]) -> Pictures:
         """Predict some cells, given by their rows of `test`, each by the imputer that never saw it."""
         starts = np.cumsum([0, *(len(look.test.cells) for look in self.looks)])
         whose = np.searchsorted(starts, positions, side="right") - 1
-        done = [
-            (
-                np.flatnonzero(whose == k),
-                look.make(self.test.cells[np.asarray(positions)[whose == k]], full=False, shared=False),
-            )
-            for k, look in enumerate(self.looks)
-            if (whose == k).any()
-        ]
-        order = np.argsort(np.concatenate([at for at, _ in done]))
-        return dataclasses.replace(
-            done[0][1],
-            cells=np.concatenate([d.cells for _, d in done])[order],
-            real=np.concatenate([d.real for _, d in done])[order],
-            images={"predicted": np.concatenate([d.images["predicted"] for _, d in done])[order]},
-        )
+        each = [(np.flatnonzero(whose == k), look) for k, look in enumerate(self.looks) if (whose == k).any()]
+        parts = [look.pictures(self.test.cells[np.asarray(positions)[at]]) for at, look in each]
+        order = np.argsort(np.concatenate([at for at, _ in each]))
+        return Pictures(*(np.concatenate(part)[order] for part in zip(*parts, strict=True)))
 
 
 def study(
@@ -247,7 +255,7 @@ def look(
     for table in (test.fidelity, test.checks, test.trust):
         if len(table):
             table["group"] = groups[table["position"].to_numpy(int)]
-    return Look(run, who, train, test, make)
+    return Look(run, who, train, test, make, trust)
 
 
 def check_columns(obs: pd.DataFrame, config: EvaluateConfig) -> None:

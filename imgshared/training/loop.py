@@ -304,7 +304,8 @@ class Trainer:
         panel = self.contract.panel
         sources = self.method.sources or (panel.chromatin_index,)
         cells, stand_in = find_cells(self.feeds["val"], self.feeds["train"], sources, panel)
-        watch = Watch(cells, sources, panel, samples_path(self.run) if self.fabric.is_global_zero else None)
+        folder = samples_path(self.run) if self.fabric.is_global_zero else None
+        watch = Watch(cells, sources, panel, folder, self.contract.pixel_size_um)
         if stand_in:
             few = f"fewer than two held-out cells show {', '.join(stand_in)}"
             self.notes.of_run([f"{few}: training cells are watched in their place"])

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from imgshared.data.feed import Feed
 from imgshared.data.panel import Panel
+from imgshared.data.scale import FONT, scale_bar
 from imgshared.methods.base import Method
 from imgshared.types import Batch
 
@@ -22,6 +22,7 @@ CELLS, SHOWN, STAINS = 64, 6, 6  # cells that are translated, about; rows and st
 EACH = 4  # cells that show a stain, at least, where there are so many: panels of many stains take more than `CELLS`
 COLLAPSED = 0.05  # of the real spread between cells
 GAP, CAPTION = 2, 14  # px
+LEAST = 64  # px that a crop is wide in the picture, magnified where it has less: names fit above it
 
 
 class Watch:
@@ -38,10 +39,20 @@ class Watch:
         The model's.
     folder
         Where the pictures go; None: nowhere.
+    pixel_size_um
+        For their scale bar.
     """
 
-    def __init__(self, batch: Batch | None, sources: Sequence[int], panel: Panel, folder: Path | None) -> None:
+    def __init__(
+        self,
+        batch: Batch | None,
+        sources: Sequence[int],
+        panel: Panel,
+        folder: Path | None,
+        pixel_size_um: float | None = None,
+    ) -> None:
         self.sources, self.panel, self.folder, self.targets = list(sources), panel, folder, list[int]()
+        self._pixel_size_um = pixel_size_um
         if batch is None:
             return
         whole = batch.measured[:, list(sources)].all(1).nonzero()[:, 0]
@@ -99,20 +110,30 @@ class Watch:
         return spread, picture
 
     def _draw(self, predicted: dict[str, Tensor]) -> NDArray[np.uint8]:
-        """Draw a row a cell: the sources, then real (black where not measured) and predictions at one contrast."""
-        rows = _spaced(self._measured[:, self.targets], SHOWN)
+        """Draw a row a cell: the sources, then real (black where not measured) and predictions at one contrast.
+
+        Below is the scale bar.
+        """
+        rows = _showing(self._measured[:, self.targets], SHOWN)
         columns: list[tuple[str, Tensor]] = [(self.panel.markers[c], self._real[rows, c]) for c in self.sources]
         for t, target in list(enumerate(self.targets))[:STAINS]:
             name = self.panel.markers[target]
             columns += [(name, self._real[rows, target]), *((what, x[rows, t]) for what, x in predicted.items())]
-        side = self._real.shape[2] + GAP
-        picture = Image.new("L", (len(columns) * (self._real.shape[3] + GAP), CAPTION + len(rows) * side))
+        tall, wide = self._real.shape[2:]
+        zoom = -(-LEAST // wide)
+        high, across, font = tall * zoom + GAP, wide * zoom + GAP, ImageFont.truetype(FONT, 10)
+        picture = Image.new("L", (len(columns) * across, 2 * CAPTION + len(rows) * high))
         draw = ImageDraw.Draw(picture)
         for x, (name, images) in enumerate(columns):
-            left = x * (self._real.shape[3] + GAP)
-            draw.text((left + 1, 1), name[: self._real.shape[3] // 6], fill=255)
+            fits = next(n for n in range(len(name), -1, -1) if font.getlength(name[:n]) < across)
+            draw.text((x * across + 1, 1), name[:fits], 255, font)
             for y, image in enumerate((images.float().clamp(0, 1) * 255).byte().cpu().numpy()):
-                picture.paste(Image.fromarray(image), (left, CAPTION + y * side))
+                crop = Image.fromarray(image.repeat(zoom, 0).repeat(zoom, 1))
+                picture.paste(crop, (x * across, CAPTION + y * high))
+        length, says = scale_bar(wide, self._pixel_size_um)
+        middle = CAPTION + len(rows) * high + CAPTION // 2
+        draw.rectangle((1, middle - 1, length * zoom, middle + 1), 255)
+        draw.text((length * zoom + 5, middle), says, 255, font, anchor="lm")
         return np.asarray(picture)
 
 
@@ -176,7 +197,15 @@ def collapsed(spread: dict[str, float], sources: str) -> dict[str, str]:
     }
 
 
-def _spaced(measured: Tensor, n: int) -> list[int]:
-    """Choose the cells that show most of the stains, the first of them."""
-    order: Any = measured.sum(1).argsort(descending=True, stable=True)
-    return sorted(order[:n].tolist())
+def _showing(measured: Tensor, n: int) -> list[int]:
+    """Choose n rows of (B, T), in order, that show every stain about as often as can be: panels differ between cells.
+
+    One after the other the cell that shows most, where a stain counts the less the more rows show it already.
+    """
+    shown, chosen = torch.zeros(measured.shape[1], device=measured.device), list[int]()
+    for _ in range(min(n, len(measured))):
+        worth = (measured / (1 + shown)).sum(1)
+        worth[chosen] = -1
+        chosen.append(int(worth.argmax()))
+        shown += measured[chosen[-1]]
+    return sorted(chosen)

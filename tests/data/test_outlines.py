@@ -59,7 +59,7 @@ def test_the_legend_has_the_same_colours(tmp_path):
     assert tuple(below[-110 + 6]) == ORANGE
 
 
-@pytest.mark.parametrize(("size", "length"), [(0.5, 10 / 0.5 * ZOOM), (0.25, 5 / 0.25 * ZOOM), (None, 20 * ZOOM)])
+@pytest.mark.parametrize(("size", "length"), [(0.5, 20 / 0.5 * ZOOM), (0.25, 10 / 0.25 * ZOOM), (None, 20 * ZOOM)])
 def test_the_bar_is_as_long_as_it_says(tmp_path, size, length):
     picture = drawn(tmp_path / "a.png", squares(), pixel_size_um=size)
     assert bar(picture) == pytest.approx(length, abs=1)
@@ -76,4 +76,4 @@ def test_the_bar_is_that_of_the_pixels_shown(tmp_path, monkeypatch):
     prepare(tmp_path / "m.csv", tmp_path / "out.zarr", crop_px=16)
     picture = np.asarray(Image.open(tmp_path / "out.qc" / "a.png")).astype(int)
     assert picture.shape[1] == 60 * 15
-    assert bar(picture) == pytest.approx(10 / 1.0 * 15, abs=1)
+    assert bar(picture) == pytest.approx(20 / 1.0 * 15, abs=1)

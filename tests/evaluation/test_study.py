@@ -13,6 +13,7 @@ from imgshared.evaluation.collect import BLOCK, collect
 from imgshared.evaluation.evaluate import evaluate
 from imgshared.evaluation.floors import Floors
 from imgshared.evaluation.matrix import MATRIX, name_of
+from imgshared.evaluation.study import Look, Study
 
 
 def test_the_crops_kept_are_the_pictures_that_are_judged(world, run):
@@ -33,6 +34,23 @@ def test_the_crops_kept_are_the_pictures_that_are_judged(world, run):
         constant = part.crops[marker, "marker mean"]
         np.testing.assert_array_equal(constant, np.broadcast_to(constant[:1], constant.shape))
     np.testing.assert_allclose(constant[0], floors.marker_mean(2), atol=1e-3)
+
+
+def test_cells_to_show_are_drawn_by_the_imputer_that_never_saw_them_with_its_own_intervals():
+    def imputer(cells, factor, trust):
+        def make(rows, **_):
+            real = np.broadcast_to(rows[:, None, None, None], (len(rows), 2, 4, 4)).astype(np.float32)
+            return SimpleNamespace(real=real, images={"predicted": real * factor})
+
+        return Look(None, None, None, SimpleNamespace(cells=np.array(cells)), make, trust)
+
+    trust = SimpleNamespace(pixels=lambda done, c: done.images["predicted"][:, c] + c)
+    looks = [imputer([7, 8], 10, trust), imputer([1, 2, 3], 100, None)]
+    test = SimpleNamespace(cells=np.array([7, 8, 1, 2, 3]))
+    done = Study(None, EvaluateConfig(), looks, test).pictures([4, 1, 2, 0])
+    assert done.real[:, 0, 0, 0].tolist() == [3, 8, 1, 7]
+    assert done.predicted[:, 1, 0, 0].tolist() == [300, 80, 100, 70]
+    np.testing.assert_array_equal(done.uncertainty[:, :, 3, 3], [[np.nan] * 2, [80, 81], [np.nan] * 2, [70, 71]])
 
 
 @pytest.fixture

@@ -17,11 +17,13 @@ from imgshared.data.normalise import Normaliser
 from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore
 from imgshared.methods.base import Method
-from imgshared.training.watch import CAPTION, CELLS, GAP, Watch, collapsed, find_cells
+from imgshared.training.watch import CAPTION, CELLS, GAP, LEAST, Watch, collapsed, find_cells
 from imgshared.types import Batch, LossTerms, Prediction
 
 PANEL = Panel(("P0", "DNA", "P2", "P3"), "DNA")
 SIDE = (12, 10)
+ZOOM = 7  # of so small crops: to 64 px across, at least
+HIGH, ACROSS = SIDE[0] * ZOOM, SIDE[1] * ZOOM
 
 
 class Fake(Method):
@@ -104,14 +106,15 @@ def test_the_picture_holds_a_row_a_cell_and_what_is_predicted_beside_the_real_st
     batch = cells()
     _, picture = watching(tmp_path / "samples", batch).look(Fake(lambda x, m, t: 1 - x[:, t]), 340)
     assert picture is not None
-    assert picture.shape == (CAPTION + 6 * (SIDE[0] + GAP), 5 * (SIDE[1] + GAP))  # DNA, and P0 and P2 twice
+    assert picture.shape == (2 * CAPTION + 6 * (HIGH + GAP), 5 * (ACROSS + GAP))  # DNA, and P0 and P2 twice
     assert picture.dtype == np.uint8
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples" / "0000340.png")), picture)
     found = []
     for row in range(6):
-        top = CAPTION + row * (SIDE[0] + GAP)
+        top = CAPTION + row * (HIGH + GAP)
         dna, p0, p0_predicted, p2, p2_predicted = (
-            picture[top : top + SIDE[0], left : left + SIDE[1]] for left in range(0, 5 * (SIDE[1] + GAP), SIDE[1] + GAP)
+            picture[top : top + HIGH : ZOOM, left : left + ACROSS : ZOOM]
+            for left in range(0, 5 * (ACROSS + GAP), ACROSS + GAP)
         )
         shades = (batch.images * 255).byte().numpy()
         (cell,) = [i for i in range(20) if (shades[i, 1] == dna).all()]
@@ -124,10 +127,29 @@ def test_the_picture_holds_a_row_a_cell_and_what_is_predicted_beside_the_real_st
     assert found == sorted(set(found))
 
 
+def test_where_panels_differ_each_stain_is_shown_by_some_row() -> None:
+    measured = torch.tensor([[True, True, True, False]] * 12 + [[False, True, False, True]] * 4)
+    batch = Batch(torch.arange(16), torch.rand(16, 4, 64, 64) * measured[..., None, None], measured)
+    _, picture = Watch(batch, (1,), PANEL, None).look(Fake(the_truth), 1)
+    assert picture is not None
+    real = [picture[CAPTION:-CAPTION, k * (64 + GAP) : k * (64 + GAP) + 64] for k in (1, 3, 5)]
+    rows = [[image[y : y + 64].any() for y in range(0, 6 * (64 + GAP), 64 + GAP)] for image in real]
+    assert [sum(map(bool, stain)) for stain in rows] == [4, 4, 2]
+
+
 def test_what_is_beyond_the_contrast_is_clipped(tmp_path: Path) -> None:
     _, picture = watching(tmp_path / "samples").look(Fake(lambda x, m, t: x[:, t] * 0 + 7.0), 1)
     assert picture is not None
-    assert (picture[CAPTION : CAPTION + SIDE[0], 2 * (SIDE[1] + GAP) : 3 * (SIDE[1] + GAP) - GAP] == 255).all()
+    assert (picture[CAPTION : CAPTION + HIGH, 2 * (ACROSS + GAP) : 3 * (ACROSS + GAP) - GAP] == 255).all()
+
+
+@pytest.mark.parametrize(("side", "size", "px"), [(10, 0.5, 2 * ZOOM), (10, None, 2 * ZOOM), (LEAST, 0.25, 20)])
+def test_below_the_pictures_is_a_scale_bar(tmp_path: Path, side: int, size: float | None, px: int) -> None:
+    batch = cells()
+    wide = Batch(batch.index, torch.rand(20, 4, side, side), batch.measured)
+    _, picture = Watch(wide, (1,), PANEL, None, size).look(Fake(the_truth), 1)
+    assert picture is not None
+    assert int((picture[-CAPTION // 2] == 255)[1:].argmin()) == px
 
 
 def test_where_there_is_nothing_to_watch_nothing_is_written(tmp_path: Path) -> None:
