@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,27 @@ def draw_outlines(
     picture = np.repeat(grey[..., None], 3, axis=2)
     picture[edge] = np.where(np.isin(labels[edge], kept)[:, None], KEPT, DROPPED)
     _annotate(picture, title, pixel_size_um, zoom).save(path, compress_level=1)
+
+
+def picture_folder(out: Path) -> Path:
+    """Make an empty folder for the pictures of a store that is being made."""
+    return _without_pictures(out.with_name(f"{out.name.removesuffix('.zarr')}.qc.partial"))
+
+
+def publish(pictures: Path) -> None:
+    """Put the pictures in the place of earlier ones, which are of the earlier store."""
+    folder = _without_pictures(pictures.with_suffix(""))
+    for picture in pictures.glob("*.png"):
+        picture.rename(folder / picture.name)
+    with contextlib.suppress(OSError):  # holds what is not ours
+        pictures.rmdir()
+
+
+def _without_pictures(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    return folder
 
 
 def _annotate(picture: NDArray[np.uint8], title: str, pixel_size_um: float | None, zoom: int) -> Image.Image:

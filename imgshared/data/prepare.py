@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from imgshared.data.crops import Cells, IntensityRange, cut, find_cells, resample, resampled_labels
 from imgshared.data.manifest import CellTable, Manifest, ManifestRow, read_cells, read_manifest
-from imgshared.data.outlines import draw_outlines, stride_of
+from imgshared.data.outlines import draw_outlines, picture_folder, publish, stride_of
 from imgshared.data.plan import Plan, Source, make_plan
 from imgshared.data.scan import Labelled, ReadLabels, Watched, connected, labels_in, scan
 from imgshared.data.segment import SegmentSettings, length_px, segment_nuclei
@@ -106,7 +106,8 @@ def prepare(
     manifest
         CSV or Parquet, one row an image; see `read_manifest`.
     out
-        The store to write; pictures of the outlines go beside it, into ``<out without .zarr>.qc``.
+        The store to write; pictures of the outlines go beside it, into ``<out without .zarr>.qc``, and where no store
+        is made into ``<out without .zarr>.qc.partial``.
     crop_px
         Side of the crops, pixels (after resampling).
     pixel_size_um
@@ -153,13 +154,16 @@ def prepare(
         for name in ("smooth", "background", "min_diameter", "max_diameter", "split"):
             length_px(getattr(segment, name), plan.pixel_size_um)
     with StoreWriter(out, overwrite=overwrite) as writer:
-        pictures = _picture_folder(out) if qc else None
+        pictures = picture_folder(out) if qc else None
         tally = _Tally(plan, crop_px, mask_neighbours, segment, writer, pictures, joined)
         for done, source in enumerate(plan.sources, 1):
             tally.add(source)
             if progress is not None:
                 progress(done, len(plan.sources), source.row.image)
-        return tally.finish(table)
+        summary = tally.finish(table)
+    if pictures:
+        publish(pictures)
+    return summary
 
 
 def _read_joined(path: Path, table: Manifest, image_column: str | None, label_column: str | None) -> CellTable:
@@ -168,14 +172,6 @@ def _read_joined(path: Path, table: Manifest, image_column: str | None, label_co
     if clash:
         raise InputError(f"{path} and {table.path} both have the column(s) {', '.join(clash)}: rename one")
     return joined
-
-
-def _picture_folder(out: Path) -> Path:
-    folder = out.with_name(f"{out.name.removesuffix('.zarr')}.qc")
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
-    return folder
 
 
 # --- second pass: pixels --------------------------------------------------------------------------------------------

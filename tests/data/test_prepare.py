@@ -326,7 +326,8 @@ def test_broken_image_in_the_middle_leaves_no_store_and_a_rerun_works(manifest):
 
 def test_interrupted_prepare_keeps_the_store_that_was_there(manifest, monkeypatch):
     run(manifest)
-    before = store_of(manifest).data_hash
+    before, folder = store_of(manifest).data_hash, manifest.parent
+    (folder / "out.qc" / "a.png").write_text("of this store")
 
     def stop(done, total, image):
         raise KeyboardInterrupt
@@ -336,7 +337,11 @@ def test_interrupted_prepare_keeps_the_store_that_was_there(manifest, monkeypatc
     assert store_of(manifest).data_hash == before
     with pytest.raises(InputError, match="exists already"):
         run(manifest)
-    assert (manifest.parent / "out.qc" / "a.png").exists()
+    assert (folder / "out.qc" / "a.png").read_text() == "of this store"
+    assert {p.name for p in (folder / "out.qc.partial").iterdir()} == {"a.png"}  # to look at
+    run(manifest, overwrite=True)
+    assert (folder / "out.qc" / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert not (folder / "out.qc.partial").exists()
 
 
 @pytest.mark.parametrize("method", ["append", "finish"])
