@@ -65,6 +65,8 @@ TRANSLATOR = ["method.name=translator"]
         (Experiment, [DATA, *TRANSLATOR, "method.hide=.nan"], "method.hide = nan: Input should be a finite number"),
         (Experiment, [DATA, "method.name=linear", "method.sigmas=[-1]"], "method.sigmas.0 = -1: Input should be gr"),
         (Experiment, [DATA, *TRANSLATOR, "method.hide=2"], "method.hide = 2: Input should be less than or equal to 1"),
+        (Experiment, [DATA, *TRANSLATOR, "method.shared_fraction=1"],
+         "method.shared_fraction = 1: Input should be less than 1"),
         (Experiment, [DATA, *TRANSLATOR, "method.head=cauchy"], "method.head = 'cauchy': Input should be 'mean', "),
         (Experiment, [DATA, *TRANSLATOR, "method.weights=1"], "method.weights = 1: Input should be a dictionary"),
         (Experiment, [DATA, "method.weights.full=1"], "unknown key 'method.weights'"),

@@ -79,7 +79,8 @@ class TranslatorConfig:
     # one for chromatin and one for all proteins, told the marker (within "conv", at the outputs of timm's), or one each
     encoders: Literal["modality", "marker"] = "modality"
     channels: Channels = (32, 48, 64, 96)  # of the levels at 1/2, 1/4, ... of the resolution
-    shared_fraction: Probability = 0.75  # of the channels of every level; the rest is specific
+    # of the channels of every level, at least one; the rest, at least one, is specific
+    shared_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.75
     # of the visible stains' shared maps: a mean with a learnt weight for every marker and channel, or a product of
     # Gaussian experts
     fusion: Literal["mean", "product"] = "mean"

@@ -106,7 +106,8 @@ class TrainConfig:
 
     batch_size: Count = 64  # cells a step, over all devices together
     accumulate: Count = 1  # parts, one after the other, in which each device takes its share of a batch: less memory
-    balance: Literal["cells", "panels"] = "cells"  # panels: a batch holds as many cells of each panel that occurs
+    # panels: a batch holds as many cells of each panel that occurs, but no cell more than 10 times an epoch
+    balance: Literal["cells", "panels"] = "cells"
     ema: Fraction = 0.0  # decay a step of the averaged weights that predict; 0: no average
     gradient_clip: Weight = 0.0  # greatest norm of a player's gradient; 0: none
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 where the hardware has it

@@ -20,11 +20,15 @@ from imgshared.types import Batch
 
 AHEAD = 4  # batches read ahead of need
 BLOCK = 1024  # crops read at a time into memory
+REPEATS = 10  # of a cell in an epoch, at most, by which panels of few cells are balanced
 Residency = Literal["device", "memory", "stream"]
 
 
 def mix(*numbers: int) -> int:
-    """Hash integers to a seed: neighbouring (seed, epoch, step, rank) give unrelated random streams."""
+    """Hash integers to a seed: neighbouring (seed, epoch, step, rank) give unrelated random streams.
+
+    Keys that differ by zeros at their end alone give the same one.
+    """
     return int(np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -46,7 +50,8 @@ class Feed:
         Cells a step over all ranks together; a rank draws its share.
     balance
         "cells": every cell once an epoch; "panels": an epoch of as many cells, the same number of each combination of
-        measured markers that occurs, so that the sides of unpaired data meet in every batch.
+        measured markers that occurs, so that the sides of unpaired data meet in every batch; fewer of one that would
+        have to show a cell more than `REPEATS` times.
     stained
         (cells, channels) bool, what counts as measured; None: what the store says.
     parts
@@ -101,25 +106,26 @@ class Feed:
             return batch.tensor_split(self.world * self.parts)[part]  # contiguous: each holds the panels in turn
 
         geometry = augment.geometry if augment else None
-        work = ((rows(*place), geometry, mix(self.seed, epoch, *place)) for place in places)
+        work = ((rows(*place), geometry, mix(self.seed, epoch, *place, 2)) for place in places)
         for place, batch in zip(places, self._batches(work), strict=True):
             if augment and len(batch.index):
                 batch = augment.intensity(batch, mix(self.seed, epoch, *place, 1))
             yield batch
 
     def _order(self, generator: torch.Generator) -> Tensor:
-        """Shuffle; with balanced panels their cells take turns, and a panel of few cells begins anew."""
+        """Shuffle; balanced panels are spread evenly over the epoch, and a panel of few cells begins anew."""
         n = len(self.cells)
         if self.balance == "cells":
             return torch.randperm(n, generator=generator)
         panel = torch.unique(self.measured.cpu(), dim=0, return_inverse=True)[1]
         rows = [(panel == p).nonzero()[:, 0] for p in range(int(panel.max()) + 1)]
-        each = -(-n // len(rows))
+        counts = _share_out(n, [len(r) for r in rows])
         turns = [
-            torch.cat([r[torch.randperm(len(r), generator=generator)] for _ in range(-(-each // len(r)))])[:each]
-            for r in rows
+            torch.cat([r[torch.randperm(len(r), generator=generator)] for _ in range(-(-count // len(r)))])[:count]
+            for r, count in zip(rows, counts, strict=True)
         ]
-        return torch.stack(turns, 1).flatten()[:n]
+        places = torch.cat([(torch.arange(count) + 0.5) / count for count in counts])
+        return torch.cat(turns)[places.argsort(stable=True)][:n]
 
     def once(self, batch_size: int) -> Iterator[Batch]:
         """Yield every cell once, in order, in this rank's share of the batches."""
@@ -176,20 +182,35 @@ class Feed:
         return picked
 
 
+def _share_out(n: int, sizes: Sequence[int]) -> list[int]:
+    """Share n draws or a few more out to panels: evenly, but a panel takes `REPEATS` times its size at most."""
+    left, each = n, 0
+    for panels, size in zip(range(len(sizes), 0, -1), sorted(sizes), strict=True):
+        each = -(-left // panels)
+        if each <= REPEATS * size:
+            break
+        left -= REPEATS * size
+    return [min(each, REPEATS * size) for size in sizes]
+
+
 def choose_residency(
     wish: Literal["auto", "device", "memory", "stream"],
     store: CellStore,
     cells: int,
     channels: int,
     device: torch.device,
+    processes: int = 1,
 ) -> Residency:
-    """Return where the crops live: on the device or in memory where they take less than half of what is free there."""
+    """Return where the crops live: on the device or in memory where they take less than half of what is free there.
+
+    Each of the host's `processes` holds them; a device is one process's own.
+    """
     if wish != "auto":
         return wish
     bytes_ = cells * channels * store.crop_px**2 * max(store.dtype.itemsize, 1)
     if device.type == "cuda" and bytes_ < torch.cuda.mem_get_info(device)[0] // 2:
         return "device"
-    return "memory" if bytes_ < _free_memory() // 2 else "stream"
+    return "memory" if bytes_ * processes < _free_memory() // 2 else "stream"
 
 
 def _free_memory() -> int:

@@ -201,9 +201,11 @@ class Apollo(LatentMethod):
             z_s, z_m = self._encode_stains(batch.images, s)
             full = self._decode(s, z_s, z_m)
             parts[f"{s.modality}/full"] = reconstruction(full, target, kind)
-            if s.modality == "protein":
+            known = batch.measured[s.cells, self.chromatin]
+            if s.modality == "protein" and known.any():
+                s = s._replace(cells=s.cells[known], channels=s.channels[known])
                 predicted = self._decode(s, of_chromatin[s.cells], None)
-                parts["protein/predicted"] = reconstruction(predicted, target, kind)
+                parts["protein/predicted"] = reconstruction(predicted, target[known], kind)
         return sum_terms(parts) if parts else LossTerms(batch.images.new_zeros(()), {}, count=0)
 
     def encode(self, images: Tensor, measured: Tensor) -> Latents:

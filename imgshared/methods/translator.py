@@ -35,7 +35,7 @@ from imgshared.methods.posterior import signs_of_collapse, spread_of_kl
 from imgshared.methods.step import Step, Translated
 from imgshared.models.discriminator import PatchDiscriminator, check_fits
 from imgshared.models.patches import PatchProjection, sample_positions
-from imgshared.models.pyramid import TimmPyramid
+from imgshared.models.pyramid import TimmPyramid, statistics_kept
 from imgshared.models.translation import Maps
 from imgshared.types import Batch, InputError, LossTerms
 
@@ -136,16 +136,18 @@ class Translator(MapMethod):
             )
 
     def doubts(self, measured: Tensor, markers: Sequence[str]) -> list[str]:
-        """Name the stains that nothing joins with chromatin, where only cells with several stains teach to predict."""
+        """Say what is never taught: to draw from specific maps; to predict stains that nothing joins with chromatin."""
         w = self.weights
+        unread = "nothing teaches to draw from specific maps, so that full reconstructions mean nothing"
+        said = [] if w.full else [f"method.weights.full=0: {unread}"]
         translates = w.adversarial and (w.patch_nce or w.cycle) and not self._sees_source
         if translates or (self.paired and not w.cross):
-            return []
+            return said
         remedy = (
             "patch_nce or cycle with adversarial and method.discriminator_sees_source=false could, as in "
             "configs/translator_unpaired.yaml"
         )
-        return [f"{said}; {remedy}" for said in never_joined(measured, self.panel.chromatin_index, markers)]
+        return said + [f"{apart}; {remedy}" for apart in never_joined(measured, self.panel.chromatin_index, markers)]
 
     def loss(self, batch: Batch, player: str) -> LossTerms:
         """Return the weighted terms of the generator, or the discriminator's loss on the same translations.
@@ -233,7 +235,9 @@ class Translator(MapMethod):
     def _patch_nce_identity(self, step: Step) -> Tensor:
         """Patch contrast of a visible stain that is translated to itself with that stain (CUT's)."""
         rows = few(step.stains.visible[step.encoded].nonzero()[:, 0], self.config.translated)
-        again = self.network.encode(self._itself(step, rows), step.stains.channels[step.encoded[rows]])
+        itself, channels = self._itself(step, rows), step.stains.channels[step.encoded[rows]]
+        with statistics_kept(self.network):
+            again = self.network.encode(itself, channels)
         return self._contrast(again, [h[rows] for h in step.maps.shared])
 
     def _itself(self, step: Step, rows: Tensor) -> Tensor:
@@ -305,7 +309,8 @@ class Translator(MapMethod):
             logits = self._judge(met, self.discriminator)
             parts["adversarial"] = w.adversarial * losses.adversarial_generator(logits, self.config.adversarial)
         if w.patch_nce or w.cycle:
-            again = self.network.encode(images, channels)
+            with statistics_kept(self.network):
+                again = self.network.encode(images, channels)
             source = stains.first_visible(len(batch.index))[cells]
             if w.patch_nce:
                 parts["patch_nce"] = w.patch_nce * self._patch_nce(step, again, source)
@@ -341,7 +346,8 @@ class Translator(MapMethod):
     def _cycle(self, step: Step, again: Maps, source: Tensor, fake: Translated) -> Tensor:
         """L1 of the source drawn from its translation alone (Zhu et al. 2017)."""
         channels = step.stains.channels[source]
-        trunk = self.network.shared_path(self._noisy(self._alone(again, fake.channels)))
+        with statistics_kept(self.network):
+            trunk = self.network.shared_path(self._noisy(self._alone(again, fake.channels)))
         back, _ = self.network.decode(trunk, channels, size_of(step.batch.images))
         return losses.pixel_loss(back, step.batch.images[fake.cells, channels, None], "l1")
 

@@ -76,10 +76,10 @@ class SplitEncoder(nn.Module):
 
 
 def final_side(crop_px: int, channels: Sequence[int]) -> int:
-    """Return the side of the last feature map, refusing crops that cannot be halved that often."""
+    """Return the side of the last feature map, refusing crops that cannot be halved that often, to 2 px at least."""
     side, rest = divmod(crop_px, 2 ** len(channels))
-    if rest or side < 1:
-        fits = [n for n in range(1, len(channels)) if crop_px % 2**n == 0]
+    if rest or side < 2:  # BatchNorm needs more than one value of a channel, even where a batch has one stain
+        fits = [n for n in range(1, len(channels)) if crop_px % 2**n == 0 and crop_px // 2**n > 1]
         raise InputError(
             f"crops of {crop_px} px cannot be halved {len(channels)} times, once for each of method.channels"
             + (f": use {fits[-1]}" if fits else "")

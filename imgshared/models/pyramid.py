@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,20 @@ class Block(nn.Module):
         """(B, width, Y, X) to the same."""
         h = F.leaky_relu(self.norm(x), 0.2)
         return x + self.last(F.leaky_relu(self.first(h), 0.2))  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def statistics_kept(network: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of a network's BatchNorm, by which it predicts, to the real images it is shown."""
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    paces = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, pace in zip(norms, paces, strict=True):
+            norm.momentum = pace
 
 
 class Condition(nn.Module):

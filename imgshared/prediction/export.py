@@ -52,7 +52,8 @@ class Drawing(nn.Module):
         if isinstance(self.method, MapMethod):
             return self._translate(self.method, images)
         assert isinstance(self.method, PairedMethod)
-        mean = self.method.predict(images).mean
+        known = [self.sources.index(source) for source in self.method.sources]  # it learnt them in this order
+        mean = self.method.predict(images[:, known]).mean
         return mean[:, [self.method.targets.index(t) for t in self.targets]]
 
     def _translate(self, method: MapMethod, images: Tensor) -> Tensor:

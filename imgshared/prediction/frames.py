@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 import tifffile
@@ -50,7 +51,7 @@ class OmeFrames:
             self.names += [name + end for end in (UNCERTAINTY, ABSTAIN) for name in imputed] + ["ood" + IMPUTED]
         self._images = store.obs["image"].astype(str).to_numpy()
         self._image: str | None = None
-        self._frames: list[Floats] = []
+        self._spool: IO[bytes] | None = None  # on disk: all cells of a slide would fill the memory
 
     def __enter__(self) -> Self:
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -78,8 +79,11 @@ class OmeFrames:
             if image != self._image:
                 self.flush()
                 self._image = image
+                self._spool = tempfile.TemporaryFile(dir=self.partial)  # noqa: SIM115, `flush` closes it
+            assert self._spool is not None
             rows = images == image
-            self._frames.append(np.concatenate([x[rows] for x in (real, *shown)], 1).astype(np.float32))
+            frames = np.concatenate([x[rows] for x in (real, *shown)], 1).astype(np.float32)
+            self._spool.write(frames.data)
 
     def finish(self) -> None:
         """Give the folder its name."""
@@ -87,16 +91,19 @@ class OmeFrames:
 
     def flush(self) -> None:
         """Write the image whose cells have come so far."""
-        if self._image is None:
+        if self._image is None or self._spool is None:
             return
-        size, pixels = self.store.pixel_size_um, np.concatenate(self._frames)
+        side, size = self.store.crop_px, self.store.pixel_size_um
+        self._spool.flush()
+        pixels = np.memmap(self._spool, np.float32, "r").reshape(-1, len(self.names), side, side)
         physical = {"PhysicalSizeX": size, "PhysicalSizeY": size, "PhysicalSizeXUnit": "µm", "PhysicalSizeYUnit": "µm"}
         tifffile.imwrite(
             self.partial / _file_name(self._image), pixels, photometric="minisblack", compression="zlib",
             bigtiff=pixels.nbytes > CLASSIC_BYTES,  # tifffile would ask only for what is not compressed
             metadata={"axes": "TCYX", "Channel": {"Name": self.names}, **(physical if size else {})},
         )  # fmt: skip
-        self._image, self._frames = None, []
+        self._spool.close()
+        self._image = self._spool = None
 
 
 def _file_name(image: str) -> str:

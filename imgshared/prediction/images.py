@@ -48,8 +48,8 @@ def predict_image(
     Raises
     ------
     InputError
-        Where a source is not among the channels, a name is unknown, the method knows crops alone, or has no sharp
-        output.
+        Where a source is not among the channels, or twice, a name is unknown, the method knows crops alone, or has no
+        sharp output.
     """
     run.refuse_crops_alone()
     run.refuse_sharp(sharp)
@@ -57,15 +57,20 @@ def predict_image(
         raise InputError(f"an image of shape {image.shape} is not (C, Y, X) with the {len(channels)} channels named")
     given = run.source_mask(sources)
     chosen = given.nonzero()[:, 0].tolist()
-    place = {run.panel.find(name): c for c, name in enumerate(channels)}
-    for source in chosen:
-        if source not in place:
-            raise InputError(
-                f"the image has no {run.panel.markers[source]}, which the prediction starts from; it has "
-                f"{', '.join(channels)}"
-            )
-    targets = run.target_channels(markers, given)
-    return draw_image(run, image[[place[source] for source in chosen]], chosen, targets, sharp=sharp)
+    places = [_place(run, source, channels) for source in chosen]
+    return draw_image(run, image[places], chosen, run.target_channels(markers, given), sharp=sharp)
+
+
+def _place(run: Run, source: int, channels: Sequence[str]) -> int:
+    marker = run.panel.markers[source]
+    places = [c for c, name in enumerate(channels) if run.panel.find(name) == source]
+    if not places:
+        raise InputError(f"the image has no {marker}, which the prediction starts from; it has {', '.join(channels)}")
+    if len(places) > 1:
+        raise InputError(
+            f"{' and '.join(channels[c] for c in places)} are all {marker}, which the prediction starts from: give one"
+        )
+    return places[0]
 
 
 @torch.inference_mode()

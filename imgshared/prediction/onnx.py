@@ -48,14 +48,15 @@ class OnnxMethod(Method):
         self.given, self.drawn = (normaliser.select(channels) for channels in (self.sources, self.targets))
 
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
-        """Predict stains that the file predicts, from its sources.
+        """Predict stains that the file predicts, from its sources; a source asked for is returned as it is.
 
         Raises
         ------
         InputError
             For a stain that the file does not predict.
         """
-        lacking = [self.panel.markers[t] for t in targets if t not in self.targets]
+        known = (*self.sources, *self.targets)
+        lacking = [self.panel.markers[t] for t in targets if t not in known]
         if lacking:
             ours = ", ".join(self.panel.markers[t] for t in self.targets)
             raise InputError(f"this file does not predict {', '.join(lacking)}, but {ours}: markers=[...]")
@@ -64,7 +65,8 @@ class OnnxMethod(Method):
         name = self.session.get_inputs()[0].name
         (found,) = self.session.run(None, {name: np.ascontiguousarray(raw.cpu().numpy(), np.float32)})
         predicted = torch.from_numpy(found[..., : images.shape[2], : images.shape[3]]).to(images.device)
-        return Prediction(self.drawn.forward(predicted)[:, [self.targets.index(t) for t in targets]])
+        drawn = torch.cat([given, self.drawn.forward(predicted)], 1)
+        return Prediction(drawn[:, [known.index(t) for t in targets]])
 
     @property
     def stages(self) -> Sequence[Stage]:

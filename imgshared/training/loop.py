@@ -375,8 +375,8 @@ class Trainer:
 
     def _feed(self, store: CellStore, cells: Any, stained: Any) -> Feed:
         channels, fabric = store.panel.indices(self.contract.panel.markers), self.fabric
-        here = len(cells) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # every process of this host holds them
-        residency = choose_residency(self.config.residency, store, here, len(channels), fabric.device)
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        residency = choose_residency(self.config.residency, store, len(cells), len(channels), fabric.device, processes)
         return Feed(
             store, cells, channels, self.contract.normaliser, fabric.device, residency, self.config.batch_size,
             self.experiment.seed, fabric.global_rank, fabric.world_size, self.config.balance, stained,

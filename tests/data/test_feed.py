@@ -173,6 +173,18 @@ def test_a_panel_without_repeats_is_drawn_without_repeats(toy):
     assert len(one.unique()) == 64
 
 
+def test_a_few_odd_cells_do_not_take_over_the_balanced_panels(toy):
+    odd = np.ones((70, 2), bool)  # two cells that show both stains, and the sides of 36 and 32
+    odd[2:38, 0] = odd[38:, 1] = False
+    batches = list(feed(toy, balance="panels", stained=odd, whole=True).epoch(0))
+    counts = torch.bincount(torch.cat([b.index for b in batches]), minlength=70)
+    assert counts.sum() == 70
+    assert counts[:2].tolist() == [10, 10]  # a third of the epoch would be 12 each
+    assert [int(counts[2:38].sum()), int(counts[38:].sum())] == [25, 25]
+    for batch in batches[:-1]:
+        assert max(abs(drawn - share) for drawn, share in zip(panels(batch), (5.7, 5.7, 4.6), strict=True)) < 1.5
+
+
 def test_balanced_batches_are_a_function_of_seed_and_epoch(toy):
     settings = {"balance": "panels", "stained": THREE}
     first = list(feed(toy, **settings).epoch(4))
@@ -259,3 +271,6 @@ def test_crops_go_to_the_device_where_they_take_less_than_half_of_what_is_free(t
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free if device == cuda else 0, 0))
         assert choose_residency("auto", toy, 70, 2, cuda) == expected
     assert choose_residency("auto", toy, 70, 2, torch.device("cpu")) == "memory"
+    for free, expected in ((2 * need + 2, "device"), (2 * need, "stream")):  # eight devices, but one memory
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
+        assert choose_residency("auto", toy, 70, 2, cuda, processes=8) == expected

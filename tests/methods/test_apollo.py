@@ -225,6 +225,19 @@ def test_a_held_out_batch_without_stains_does_not_count() -> None:
     assert (nothing.count, nothing.total) == (0, 0)
 
 
+def test_what_is_predicted_from_chromatin_is_judged_of_cells_that_show_it() -> None:
+    method, batch = make()
+    method.eval()
+    with_it, without = (
+        Batch(batch.index, batch.images, batch.measured & kept)
+        for kept in (torch.arange(10)[:, None] < 6, torch.arange(4) != 1)
+    )
+    mixed = replace(batch, measured=torch.where(torch.arange(10)[:, None] < 6, with_it.measured, without.measured))
+    own = method.validate(with_it).parts["protein/predicted"]
+    assert method.validate(mixed).parts["protein/predicted"].item() == pytest.approx(own.item(), rel=1e-5)
+    assert "protein/predicted" not in method.validate(without).parts
+
+
 @pytest.mark.parametrize("one_step", [False, True])
 def test_cells_of_which_none_shows_chromatin_and_another_stain_are_refused(one_step: bool) -> None:
     method, batch = make(replace(SMALL, one_step=one_step))

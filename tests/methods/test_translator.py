@@ -261,6 +261,24 @@ def test_cycle_is_the_source_drawn_from_its_translation(make: Make, two_stains: 
     assert method.loss(batch, "generator").total.item() == pytest.approx(0.7 * mean(each), rel=1e-4)
 
 
+def test_translations_leave_the_statistics_that_real_stains_are_predicted_by(make: Make, two_stains: Tensor) -> None:
+    terms = ("patch_nce", "cycle", "patch_nce_identity")
+    before, batch = make(two_stains, {"full": 1.0})
+    states = []
+    for weights in ({}, dict.fromkeys(terms, 1.0)):
+        method, _ = make(two_stains, {"full": 1.0, "adversarial": 1.0, **weights})
+        method.network.load_state_dict(before.network.state_dict())
+        method.train()
+        method.loss(batch, "generator")
+        states.append(method.network.encoders.state_dict())
+    fresh = before.network.encoders.state_dict()
+    running = [name for name in fresh if "running" in name]
+    assert running
+    assert not any(torch.equal(states[0][name], fresh[name]) for name in running)
+    for name in running:
+        torch.testing.assert_close(states[1][name], states[0][name])
+
+
 @pytest.mark.parametrize("negatives", ["image", "batch"])
 def test_patch_nce_finds_each_patch_in_the_source(negatives: str, make: Make, two_stains: Tensor) -> None:
     method, batch = make(two_stains, {"patch_nce": 0.7}, negatives=negatives, temperature=0.2, patches=999)

@@ -76,7 +76,7 @@ def test_a_split_that_leaves_a_head_without_channels_is_refused(shared_channels)
         encoder(shared_channels=shared_channels)
 
 
-@pytest.mark.parametrize(("crop_px", "hint"), [(36, ": use 2, or prepare"), (31, ", or prepare"), (4, ": use 2, or")])
+@pytest.mark.parametrize(("crop_px", "hint"), [(36, ": use 2, or prepare"), (31, ", or prepare"), (8, ": use 2, or")])
 def test_crops_that_cannot_be_halved_are_refused(crop_px, hint):
     with pytest.raises(InputError, match=f"crops of {crop_px} px cannot be halved 3 times.*method.channels.*{hint}"):
         encoder(crop_px=crop_px)
@@ -84,4 +84,4 @@ def test_crops_that_cannot_be_halved_are_refused(crop_px, hint):
 
 def test_final_side():
     assert final_side(128, (64, 128, 256, 256, 96)) == 4
-    assert final_side(8, (1, 1, 1)) == 1
+    assert final_side(8, (1, 1)) == 2

@@ -23,7 +23,7 @@ from imgshared.config import (
 )
 from imgshared.data.ngff import open_ngff
 from imgshared.data.store import CellStore
-from imgshared.prediction import predict_image
+from imgshared.prediction import predict_cells, predict_image
 from imgshared.prediction.export import KEY, multiple_of
 from imgshared.prediction.trust import load_trust
 from imgshared.slides import predict_slide
@@ -44,6 +44,7 @@ METHODS = {
     ),
     "timm": (TranslatorConfig(**SMALL, weights=MEAN, backbone="test_resnet"), {}),
     "regression": (RegressionConfig(channels=(8, 12)), {"markers": ("P2",)}),
+    "regression, sources in another order": (RegressionConfig(channels=(8, 12), sources=("P1", "DNA")), {}),
 }
 
 
@@ -70,7 +71,7 @@ def test_onnx_predicts_as_the_run_does(untrained, image, tmp_path, name):
     np.testing.assert_allclose(got, want, atol=1e-5 * np.ptp(want))
 
 
-@pytest.mark.parametrize("name", ["two sources", "sharp", "regression"])
+@pytest.mark.parametrize("name", ["two sources", "sharp", "regression", "regression, sources in another order"])
 def test_a_pytorch_program_predicts_as_the_run_does(untrained, image, tmp_path, name):
     config, wish = METHODS[name]
     run = untrained(config)
@@ -112,6 +113,12 @@ def test_an_exported_file_predicts_stores_and_slides(exported, toy_path, tmp_pat
         wish = SlideConfig(tile=256, dtype="float32")
         images.append(open_ngff(predict_slide(model, slide, tmp_path / name, wish)).read([0, 1]))
     np.testing.assert_allclose(images[0], images[1], atol=1e-5 * np.ptp(images[1]))
+
+
+def test_an_exported_file_predicts_the_cells_that_an_evaluation_looks_at(exported, toy):
+    path, run = exported
+    theirs, ours = (predict_cells(model, toy, np.arange(9)).images["predicted"] for model in (api.load_run(path), run))
+    np.testing.assert_allclose(theirs[:, 1:], ours[:, 1:], atol=1e-5 * np.ptp(ours))
 
 
 def test_what_cannot_be_exported_is_refused(untrained, exported, tmp_path):

@@ -72,6 +72,8 @@ def test_what_cannot_be_predicted_is_refused(untrained, trained_run, field):
     run = untrained(TRANSLATOR)
     with pytest.raises(InputError, match="the image has no DNA, which the prediction starts from; it has P1"):
         predict_image(run, field[1:2], ["P1"])
+    with pytest.raises(InputError, match="DNA and dna are all DNA, which the prediction starts from: give one"):
+        predict_image(run, field, ["DNA", "P1", "dna"])
     with pytest.raises(InputError, match=r"shape \(3, 131, 150\) is not \(C, Y, X\) with the 1 channels"):
         predict_image(run, field, ["DNA"])
     with pytest.raises(InputError, match="no marker 'P9'"):
