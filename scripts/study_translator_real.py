@@ -12,8 +12,8 @@ unpaired     DNA of the odd columns and FKHR of the even ones, never both of one
 imc_spleen   One region is reported on, the next one stops the training, two train, every seed; stains are predicted for
              the whole region at once and compared as its data sheet does, with the target smoothed at sigma 1.
 
-A finished run is not computed again, and one of other settings is refused: processes with other --regions can share the
-work in one OUT, and one with all of them then reports.
+A finished run is not computed again, and one of other settings is refused. What the record holds of other regions, made
+with the same settings, stays there: one can be done today and another tomorrow, or elsewhere.
 """
 
 from __future__ import annotations
@@ -29,7 +29,18 @@ import numpy as np
 import pandas as pd
 import study_bbbc013
 import tifffile
-from common import MEAN, ROOT, experiment_settings, finished, markdown, metrics, record, train_seconds
+import yaml
+from common import (
+    MEAN,
+    ROOT,
+    experiment_settings,
+    finished,
+    markdown,
+    metrics,
+    provenance,
+    record,
+    train_seconds,
+)
 from numpy.typing import NDArray
 from rich.console import Console
 from scipy.ndimage import gaussian_filter
@@ -41,7 +52,7 @@ from study_imc_spleen import REGIONS, prepared
 
 import imgshared
 from imgshared import metrics as scores
-from imgshared.config import Experiment, load
+from imgshared.config import Experiment, dump, load
 from imgshared.data.store import CellStore
 from imgshared.prediction import Run, predict_cells, predict_image
 
@@ -74,10 +85,14 @@ def main() -> None:
     for part in a.parts:
         result = parts[part](a)
         for title, rows in result.items():
-            if title != "each":
+            if title not in ("regions", "runs"):
                 print(f"\n{part}: {title}\n\n{markdown(rows)}")
-        runs = [told(done.parent) for done in sorted((a.out / part).glob("*/done"))]
-        record((a.record or a.out) / f"translator_{part}.json", {**result, "runs": runs})
+        record(recorded(a, part), result)
+
+
+def recorded(a: argparse.Namespace, part: str) -> Path:
+    """Return where a part's results go."""
+    return Path(a.record or a.out) / f"translator_{part}.json"
 
 
 def trained(config: str, store: Path, run: Path, *overrides: str) -> Run:
@@ -120,6 +135,7 @@ def paired(a: argparse.Namespace) -> dict[str, Any]:
         "mean Pearson r a cell": stains.to_dict("records"),
         "dose, AUROC": study_bbbc013.read(report),
         "whole fields against crops": fields(a, run),
+        "runs": [told(run.path)],
     }
 
 
@@ -151,13 +167,14 @@ def unpaired(a: argparse.Namespace) -> dict[str, Any]:
     wells = [f"{row}{column:02d}" for row in "AE" for column in range(1, 13)]
     hidden = {"DNA": [w for w in wells if int(w[1:]) % 2 == 0], "FKHR-EGFP": [w for w in wells if int(w[1:]) % 2]}
     split = [f"split.test={HELD_OUT}", "split.val=[]", f"unstained={json.dumps(hidden)}"]
-    rows = []
+    rows, runs = [], []
     for name, epochs in UNPAIRED.items():
         for seed in a.seeds:
             settings = [*split, f"method.epochs={epochs}", f"seed={seed}"]
             run = trained(name, store, a.out / "unpaired" / f"{name}_{seed}", *settings)
             rows += [{"method": name, "seed": seed, **row} for row in against_shuffled(run, CellStore(store))]
-    return {"FKHR predicted from DNA, held-out wells, learnt without pairs": rows}
+            runs.append(told(run.path))
+    return {"FKHR predicted from DNA, held-out wells, learnt without pairs": rows, "runs": runs}
 
 
 def against_shuffled(run: Run, store: CellStore, n: int = 2000) -> list[dict[str, Any]]:
@@ -205,18 +222,12 @@ def regions(a: argparse.Namespace) -> dict[str, Any]:
     """Leave one region out: every protein from DNA1, translator beside regression and linear."""
     folder = a.data.resolve() / "imc_spleen"
     store = prepared(folder, a.out / "imc_spleen", "crop_px=64")
-    rows, labels = [], []
-    for region, seed in itertools.product(a.regions, a.seeds):
-        val = REGIONS[(REGIONS.index(region) + 1) % len(REGIONS)]
-        split = [f"split.test=[{region}]", f"split.val=[{val}]", f"seed={seed}"]
-        split += ["normalise.transform=arcsinh", "normalise.cofactor=1", "normalise.low=0"]
-        for method, settings in IMC.items():
-            run = trained(method, store, a.out / "imc_spleen" / f"{method}_{region}_{seed}", *split, *settings)
-            images = {r: _region(run, folder, r) for r in REGIONS}
-            which = {"region": region, "seed": seed, "method": method}
-            rows += [{**which, **row} for row in _correlations(run, *images[region])]
-            labels.append({**which, **_pulp(images, folder, region)})
-    table = pd.DataFrame(rows)
+    now = [one_region(folder, store, region, seed) for region, seed in itertools.product(a.regions, a.seeds)]
+    made = {(one["region"], one["seed"]) for one in now}
+    earlier = [one for one in _kept(recorded(a, "imc_spleen")) if (one["region"], one["seed"]) not in made]
+    both = sorted([*earlier, *now], key=lambda one: (one["region"], one["seed"]))
+    about = [{"region": one["region"], "seed": one["seed"]} for one in both]
+    table = pd.DataFrame([{**said, **row} for said, one in zip(about, both, strict=True) for row in one["r"]])
     mean = table.pivot_table(index="marker", columns="method", values="r", sort=False)
     by_region = table.pivot_table(index=["marker", "region"], columns="method", values="r", sort=False)
     gain = (by_region["translator"] - by_region["linear"]).groupby("marker", sort=False)
@@ -226,13 +237,55 @@ def regions(a: argparse.Namespace) -> dict[str, Any]:
         for m in mean.index
     ]  # fmt: skip
     shown.append({"marker": "mean", **pd.DataFrame(shown).mean(numeric_only=True).to_dict()})
-    by_seed = table.pivot_table(index="seed", columns="method", values="r").reset_index()
+    means = {
+        key: table.pivot_table(index=key, columns="method", values="r").reset_index() for key in ("region", "seed")
+    }
     return {
         "pixel r over the left-out region": shown,
-        "mean r a seed": by_seed.to_dict("records"),
-        "white pulp against the rest, AUROC": labels,
-        "each": rows,
+        "mean r a region": means["region"].to_dict("records"),
+        "mean r a seed": means["seed"].to_dict("records"),
+        "white pulp against the rest, AUROC": [
+            {**said, **row} for said, one in zip(about, both, strict=True) for row in one["white pulp"]
+        ],
+        "regions": both,
     }
+
+
+def one_region(folder: Path, store: Path, region: str, seed: int) -> dict[str, Any]:
+    """Train every method without a region and say how it predicts that, with what, and where it was done."""
+    correlations, labels, runs = [], [], []
+    for method, settings in imc_settings(region, seed).items():
+        run = trained(method, store, store.parent / f"{method}_{region}_{seed}", *settings)
+        images = {r: _region(run, folder, r) for r in REGIONS}
+        correlations += [{"method": method, **row} for row in _correlations(run, *images[region])]
+        labels.append({"method": method, **_pulp(images, folder, region)})
+        runs.append(told(run.path))
+    where = {name: provenance()[name] for name in ("commit", "processor", "precision", "torch")}
+    about = {"region": region, "seed": seed, **where, "settings": _resolved(region, seed)}
+    return {**about, "r": correlations, "white pulp": labels, "runs": runs}
+
+
+def imc_settings(region: str, seed: int) -> dict[str, list[str]]:
+    """Return what each method's YAML is changed by where a region is left out."""
+    val = REGIONS[(REGIONS.index(region) + 1) % len(REGIONS)]
+    common = [f"split.test=[{region}]", f"split.val=[{val}]", f"seed={seed}"]
+    common += ["normalise.transform=arcsinh", "normalise.cofactor=1", "normalise.low=0"]
+    return {method: [*common, *settings] for method, settings in IMC.items()}
+
+
+def _resolved(region: str, seed: int) -> dict[str, Any]:
+    """Return every setting of each method but the store's place: what must agree in one table."""
+    found = {}
+    for method, settings in imc_settings(region, seed).items():
+        experiment = load(Experiment, ROOT / "configs" / f"{method}.yaml", ["data=cells.zarr", *settings])
+        found[method] = yaml.safe_load(dump(experiment))
+    return found
+
+
+def _kept(path: Path) -> list[dict[str, Any]]:
+    """Read the regions of a record that were made with the settings of now."""
+    said = json.loads(path.read_text()).get("regions", []) if path.exists() else []
+    return [one for one in said if one["settings"] == _resolved(one["region"], one["seed"])]
 
 
 Region = tuple[NDArray[np.float64], NDArray[np.float64]]
