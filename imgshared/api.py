@@ -193,6 +193,11 @@ def predict(
             return predict_slide(run, path, out, config, overwrite=overwrite, progress=moved, warn=warn)
     store = data if isinstance(data, CellStore) else CellStore(data)
     out = Path(out) if out is not None else run.results / "predictions" / f"{store.path.stem}.zarr"
+    if out.name.lower().endswith((".tif", ".tiff")):
+        raise InputError(
+            f"{out}: what is predicted of a cell store is a store, too: name it .zarr; ome_tiff=true writes its images "
+            "as OME-TIFF beside it"
+        )
     with _bar(console, "predict") as moved:
         return _predict(
             run, store, out, config, overwrite=overwrite, warn=warn,

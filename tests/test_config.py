@@ -94,7 +94,11 @@ TRANSLATOR = ["method.name=translator"]
         (Experiment, [DATA, "seed"], "'seed' is not key=value"),
         (Experiment, [DATA, "markers=[DNA"], "markers: cannot read '[DNA'"),
         (Experiment, [DATA, "seed=2", "seed.deeper=1"], "seed.deeper: seed is a value, not a section"),
-        (PrepareConfig, ["segment.smooth=3"], "segment.smooth = 3: String should match pattern"),
+        (PrepareConfig, ["segment.smooth=3"], "segment.smooth = 3 is no length"),
+        (PrepareConfig, ["segment.min_diameter=10"], "segment.min_diameter = 10 is no length: write it with its unit"),
+        (PrepareConfig, ["channels=DNA"], "channels = 'DNA' is one value where a list belongs: write [DNA]"),
+        (EvaluateConfig, ["labels=drug"], "labels = 'drug' is one value where a list belongs: write [drug]"),
+        (Experiment, [DATA, "split.test=D6"], "split.test = 'D6' is one value where a list belongs: write [D6]"),
         (PrepareConfig, ["crop_px=4"], "crop_px = 4: Input should be greater than or equal to 8"),
         (EvaluateConfig, ["classifiers=[features,forest]"], "classifiers.1 = 'forest': Input should be "),
     ],
@@ -316,3 +320,8 @@ def test_every_shipped_configuration_loads(path):
 
 def test_there_are_configurations_to_ship():
     assert (CONFIGS / "apollo.yaml").exists()
+
+
+@pytest.mark.parametrize("pattern", ["{channel}.tif", "*_{channel}.png", "{channel}_[0-9].tif"])
+def test_text_that_is_no_yaml_is_taken_as_it_was_typed(pattern):
+    assert load(PrepareConfig, None, [f"pattern={pattern}"]).pattern == pattern

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from imgshared.config.terms import LENGTH
 from imgshared.types import InputError
 
 T = TypeVar("T")
@@ -34,11 +35,14 @@ def load(kind: type[T], path: Path | None = None, overrides: Sequence[str] = ())
         key, equals, text = override.partition("=")
         if not equals:
             raise InputError(f"{override!r} is not key=value")
+        names = key.strip().split(".")
         try:
             value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
-            raise InputError(f"{key}: cannot read {text!r} ({error})") from error
-        _assign(tree, key.strip().split("."), value)
+            if str not in _kinds(kind, names):  # {channel}.tif and *.png are no YAML, but text
+                raise InputError(f"{key}: cannot read {text!r} ({error})") from error
+            value = text
+        _assign(tree, names, value)
     return validate(kind, tree, str(path or "the command line"))
 
 
@@ -133,6 +137,10 @@ def _explain(kind: type[Any], error: Any, origin: str) -> str:
         return f"{origin}: the key {dotted!r} is missing"
     if error["type"] == "union_tag_invalid":
         return f"{origin}: {dotted}.name {_wrong_tag(error)}"
+    if error["type"] == "tuple_type" and isinstance(error["input"], str | int | float):
+        return f"{origin}: {dotted} = {error['input']!r} is one value where a list belongs: write [{error['input']}]"
+    if error["type"] == "string_pattern_mismatch" and error["ctx"]["pattern"] == LENGTH:
+        return f"{origin}: {dotted} = {error['input']!r} is no length: write it with its unit, e.g. '6 um' or '12 px'"
     return f"{origin}: {dotted} = {error['input']!r}: {error['msg']}"
 
 
@@ -156,6 +164,15 @@ def _without_tags(kind: type[Any], loc: list[str]) -> list[str]:
         hints = [get_type_hints(m)[part] for m in members if part in get_type_hints(m)]
         members = _sections(hints[0]) if hints else []
     return out
+
+
+def _kinds(kind: type[Any], names: Sequence[str]) -> list[Any]:
+    """Return the types that a key may hold, of a union one after the other; none for an unknown key."""
+    members, hints = [kind], list[Any]()
+    for name in names:
+        hints = [get_type_hints(m)[name] for m in members if name in get_type_hints(m)]
+        members = _sections(hints[0]) if hints else []
+    return [k for hint in hints[:1] for k in (hint, *get_args(hint))]
 
 
 def _tag(kind: type[Any]) -> str | None:

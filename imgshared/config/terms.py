@@ -13,4 +13,5 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Channels = Annotated[tuple[Count, ...], Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Length = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(um|µm|μm|px)$")]  # "6 um" or "12 px"
+LENGTH = r"^\d+(\.\d+)? ?(um|µm|μm|px)$"
+Length = Annotated[str, Field(pattern=LENGTH)]  # "6 um" or "12 px"

@@ -94,7 +94,9 @@ def read_manifest(
     mask_column = _find_column(path, table, "mask", mask_column, MASK_COLUMNS)
     found_group = _find_column(path, table, "group", group_column, GROUP_COLUMNS)
     per_channel = [c for c in table.columns if c.startswith(FILE)]
-    image_name = _find_column(path, table, "image", image_column, IMAGE_COLUMNS, required=not per_channel)
+    image_name = _find_column(
+        path, table, "image", image_column, IMAGE_COLUMNS, key=None if per_channel else "image_column"
+    )
     if image_name is None or image_name in per_channel:
         files = _channel_files(text, per_channel)
         written = pd.Series([row[0][1] if row else None for row in files], name=" or ".join(per_channel))
@@ -157,8 +159,8 @@ def read_cells(
         one or another of the manifest's, or none is one of them.
     """
     table, text = _read_table(path)
-    image_column = _find_column(path, table, "image", image_column, CELL_IMAGE_COLUMNS, required=True)
-    label_column = _find_column(path, table, "label", label_column, CELL_LABEL_COLUMNS, required=True)
+    image_column = _find_column(path, table, "image", image_column, CELL_IMAGE_COLUMNS, key="cells_image_column")
+    label_column = _find_column(path, table, "label", label_column, CELL_LABEL_COLUMNS, key="cells_label_column")
     images = text[image_column].map(_known_images(path, rows, text[image_column]))
     if images.isna().all():
         there, here = text[image_column].iloc[0], rows[0].written
@@ -251,9 +253,12 @@ def _plate_table(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _find_column(
-    path: Path, table: pd.DataFrame, what: str, given: str | None, usual: Sequence[str], *, required: bool = False
+    path: Path, table: pd.DataFrame, what: str, given: str | None, usual: Sequence[str], *, key: str | None = None
 ) -> str | None:
-    """Return the column given, or the first usual one (without regard to case)."""
+    """Return the column given, or the first usual one (without regard to case).
+
+    With `key`, the setting that names it, there must be one.
+    """
     there = ", ".join(map(str, table.columns))
     if given is not None:
         if given not in table.columns:
@@ -261,9 +266,10 @@ def _find_column(
         return given
     lower = {str(c).lower(): str(c) for c in reversed(table.columns)}
     found = next((lower[name.lower()] for name in usual if name.lower() in lower), None)
-    if found is None and required:
-        raise InputError(f"{path} has no {what} column ({', '.join(usual[:4])}, ...). It has: {there}. Name yours with "
-                         f"{what}_column")  # fmt: skip
+    if found is None and key:
+        raise InputError(
+            f"{path} has no {what} column ({', '.join(usual[:4])}, ...). It has: {there}. Name yours with {key}=..."
+        )
     return found
 
 

@@ -345,7 +345,9 @@ def open_zarr(path: Path) -> zarr.Group:
     try:
         return zarr.open_group(path, mode="r", use_consolidated=False)  # a copy, old where an array was added later
     except Exception as error:
-        raise InputError(f"{path} is not a Zarr store ({error})") from error
+        raise InputError(
+            f"{path} is not a Zarr store: give one that imgshared wrote, or for a slide its .tif or .ome.zarr ({error})"
+        ) from error
 
 
 def _open_complete(path: Path) -> zarr.Group:

@@ -102,7 +102,7 @@ def classify(
         See `labels`: unknown label, one class, too few groups, groups on both sides (unless `config` allows it).
     """
     fold = config.fold or config.group
-    if not turns:
+    if not turns and config.labels:
         refuse_broken_folds(test.obs, config.group, fold)
     for train, rows_of in turns if not config.allow_seen_groups else ():
         for unit in {fold, config.group}:

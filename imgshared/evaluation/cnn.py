@@ -145,14 +145,21 @@ def build(training: Training, channels: int, classes: int) -> nn.Module:
     """Return the network that every job of so many channels and classes starts from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
-        try:
-            network: nn.Module = timm.create_model(
-                training.model, pretrained=False, in_chans=channels, num_classes=classes
-            )
-        except RuntimeError as error:
-            near = nearest(training.model, timm.list_models())
-            raise InputError(f"cnn: timm knows no model {training.model!r}.{near}") from error
+        refuse_unknown(training.model)
+        network: nn.Module = timm.create_model(training.model, pretrained=False, in_chans=channels, num_classes=classes)
     return _by_groups(network).to(_device())
+
+
+def refuse_unknown(model: str) -> None:
+    """Refuse a network that timm does not know.
+
+    Raises
+    ------
+    InputError
+        Names the nearest one.
+    """
+    if not timm.is_model(model):
+        raise InputError(f"cnn: timm knows no model {model!r}.{nearest(model, timm.list_models())}")
 
 
 class _Stack:

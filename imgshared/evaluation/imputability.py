@@ -161,7 +161,9 @@ def shown(run: Run, store: CellStore) -> dict[str, int]:
     if store.data_hash == run.contract.data_hash:
         counts = build_measured(run.experiment, store, run.panel)[train].sum(0)
     else:
-        counts = store.measured[np.ix_(train, store.panel.indices(run.panel.markers))].sum(0)
+        places = run.contract.check(store, ())
+        each = store.measured[train].sum(0)
+        counts = np.array([0 if c is None else each[c] for c in places])  # None: another store, of fewer stains
     return dict(zip(run.panel.markers, map(int, counts), strict=True))
 
 
@@ -188,8 +190,8 @@ def warnings_of(run: Run, markers: Sequence[str]) -> list[str]:
         why = f" ({row['reasons']})" if row["reasons"] else ""
         if row.get("image") is not None and row["image"] < LOW:
             said.append(
-                f"{row['marker']}: on the validation groups, predicted pictures recover next to nothing beyond the "
-                f"mean picture of the stain (share {row['image']:.2f}){why}"
+                f"{row['marker']}: on the validation groups, predicted pictures recover little beyond the mean "
+                f"picture of the stain (share {row['image']:.2f}){why}"
             )
         elif row["intensity"] is not None and row["intensity"] < LOW:
             said.append(

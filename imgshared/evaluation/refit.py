@@ -25,7 +25,7 @@ from imgshared.evaluation.judgeable import judgeable
 from imgshared.evaluation.kept import Keeper
 from imgshared.evaluation.labels import read_label
 from imgshared.evaluation.place import refuse_place
-from imgshared.evaluation.study import Study, check_columns, joined, look
+from imgshared.evaluation.study import Study, check_columns, check_outputs, joined, look
 from imgshared.prediction import Run, load_run, predict_cells
 from imgshared.types import InputError
 
@@ -52,6 +52,7 @@ def plan_folds(run: Run, store: CellStore, config: EvaluateConfig) -> list[Split
     if config.train_on == "test":
         raise InputError("train_on=test: classifiers of a nested study learn from what taught their fold's model")
     check_columns(store.obs, config)
+    check_outputs(run, config)
     wish = run.experiment.split
     values = column(store.obs, wish.by).astype(str).to_numpy()
     names = np.unique(values)

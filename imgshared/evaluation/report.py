@@ -96,6 +96,7 @@ def write_report(shown: Shown, path: Path) -> Path:
         probes=tables.probe_table(found["probes"]),
         maps=_maps(shown),
         curves=figures.training_curves(found["training"]),
+        validation=words.held_for(shown.run),
         nested=shown.study.nested,
         methods=words.methods(shown.run, shown.study),
         provenance=_provenance(shown),

@@ -20,6 +20,7 @@ from imgshared.data.store import CellStore
 from imgshared.evaluation import coverage
 from imgshared.evaluation.checks import Bright
 from imgshared.evaluation.classify import Turn
+from imgshared.evaluation.cnn import refuse_unknown
 from imgshared.evaluation.collect import INPUTS, LINEAR, MEAN, Part, Predict, Progress, collect, join
 from imgshared.evaluation.floors import Floors
 from imgshared.evaluation.given import images_to_judge
@@ -179,6 +180,7 @@ def study(
         See `evaluate.evaluate`.
     """
     check_columns(store.obs, config)
+    check_outputs(run, config)
     who = cohort(run, store, config)
     held = store.obs.iloc[who.judged]
     if config.train_on == "auto":  # too few held-out groups cannot be folded
@@ -269,6 +271,14 @@ def check_columns(obs: pd.DataFrame, config: EvaluateConfig) -> None:
     for name in config.factors:
         read_factor(obs, name)
     check_values(obs, config.labels, config.label_values)
+
+
+def check_outputs(run: Run, config: EvaluateConfig) -> None:
+    """Refuse an output that the run has not, and an unknown network, before hours of prediction."""
+    if config.predictions is None:
+        run.refuse_sharp(config.sharp)
+    if config.labels and "cnn" in config.classifiers:
+        refuse_unknown(config.cnn)
 
 
 def _check_labels(test: pd.DataFrame, train: pd.DataFrame, config: EvaluateConfig) -> None:

@@ -19,7 +19,7 @@ CLEARS, UNCLEAR, BELOW = "clears both floors", "not clearly", "below a floor"
 NOT_INFERIOR, UNCLEAR_LABEL, INFERIOR = "not inferior", "not shown", "inferior"
 LOST, ABSENT, ALONE = "lost", "not in the real stain", "in the prediction alone"
 TOLD_BY_REAL = (NOT_INFERIOR, UNCLEAR_LABEL, INFERIOR, LOST)
-BETTER, NO_BETTER, WORSE = "better", "no better", "worse"
+BETTER, NO_BETTER, WORSE = "better", "not shown better", "worse"
 GAPS = {
     "gap": "predicted - real",
     "gap_chromatin": "predicted - chromatin",
@@ -35,14 +35,16 @@ SAID_OF = {
 
 
 def judge_stains(gains: pd.DataFrame) -> pd.DataFrame:
-    """Add `verdict` to `fidelity.against_floors`: both gains' intervals above zero, one of them below, or neither."""
+    """Add `verdict` to `fidelity.against_floors`: both gains' intervals above zero, one of them below, or neither.
+
+    A single group has no interval (NaN), and clears nothing.
+    """
     verdicts = []
     for row in gains.to_dict("records"):
         floors = [f for f in FLOORS if f"gain_{f}" in row and not np.isnan(row[f"gain_{f}"])]
-        low = [_or(row[f"gain_{f}_low"], row[f"gain_{f}"]) for f in floors]
-        high = [_or(row[f"gain_{f}_high"], row[f"gain_{f}"]) for f in floors]
-        clears = bool(floors) and min(low) > 0
-        verdicts.append(CLEARS if clears else BELOW if floors and min(high) < 0 else UNCLEAR)
+        clears = bool(floors) and all(row[f"gain_{f}_low"] > 0 for f in floors)
+        below = any(row[f"gain_{f}_high"] < 0 for f in floors)
+        verdicts.append(CLEARS if clears else BELOW if below else UNCLEAR)
     return gains.assign(verdict=verdicts)
 
 
@@ -57,12 +59,12 @@ def judge_labels(scores: pd.DataFrame, contrasts: pd.DataFrame, margin: float) -
     Returns
     -------
     `verdict`: ``not inferior`` (the prediction tells the label, and the whole interval of its gap to real lies above
-    minus the margin), ``inferior`` (the whole interval below), ``not shown`` (neither), ``lost`` (the real stain tells
-    the label, the prediction does not), ``in the prediction alone`` (the reverse), ``not in the real stain``.
-    `over_chromatin`: the prediction against the chromatin it was made from, ``better``, ``no better``, ``worse`` by the
-    interval of the gap. `adds`: whether it tells something beside chromatin that another cell's prediction does not.
-    `gap`, `gap_chromatin`, `gap_added`, `share` (what the prediction tells above chance, of what the real stain tells;
-    NaN where that tells nothing) with `_low` and `_high`; the AUROC of every input; all of it in `words`.
+    minus the margin), ``inferior`` (the whole interval below), ``lost`` (the same, and the prediction does not tell the
+    label, which the real stain does), ``not shown`` (neither), ``in the prediction alone``, ``not in the real stain``.
+    `over_chromatin`: the prediction against the chromatin it was made from, ``better``, ``not shown better``, ``worse``
+    by the interval of the gap. `adds`: whether it tells something beside chromatin that another cell's prediction does
+    not. `gap`, `gap_chromatin`, `gap_added`, `share` (what the prediction tells above chance, of what the real stain
+    tells; NaN where that tells nothing) with `_low` and `_high`; the AUROC of every input; all of it in `words`.
     """
     rows = []
     if scores.empty:
@@ -112,14 +114,15 @@ def sentences(stains: pd.DataFrame, labels: pd.DataFrame, chromatin: str, source
                 text += f" {words} {_list(each)}."
         if not part["verdict"].isin(TOLD_BY_REAL).any():
             text += " No real stain tells it."
-        over = list(part.loc[part["gap_chromatin_low"].fillna(part["gap_chromatin"]) > SUSPECT, "marker"])
+        over = list(part.loc[part["gap_chromatin_low"] > SUSPECT, "marker"])
+        verb = "tells" if len(over) == 1 else "tell"
         if over and list(sources) == [chromatin]:
             text += (
-                f" Predicted {_list(over)} tells clearly more than the chromatin crops that it was made from: "
-                "either the stain says it in simpler features, or something leaks. Look before you use it."
+                f" Predicted {_list(over)} {verb} clearly more than the chromatin crops behind the prediction: "
+                "either it says the same in simpler features, or something leaks. Look before you use it."
             )
         elif over:
-            text += f" Predicted {_list(over)} tells clearly more than {chromatin} alone, as what it was made from may."
+            text += f" Predicted {_list(over)} {verb} clearly more than {chromatin} alone, as {_list(sources)} may."
         said.append(text)
     return said
 
@@ -168,18 +171,16 @@ def _gap(gaps: pd.DataFrame, name: str) -> metrics.Estimate:
 
 
 def _side(gap: metrics.Estimate) -> int:
-    """Return 1 where a gap lies above zero, -1 below, 0 where its interval holds zero."""
-    return int(_or(gap.low, gap.value) > 0) - int(_or(gap.high, gap.value) < 0)
+    """Return 1 where a gap lies above zero, -1 below, 0 where its interval holds zero or there is none."""
+    return int(gap.low > 0) - int(gap.high < 0)
 
 
 def _against_real(real: bool, predicted: bool, gap: metrics.Estimate, margin: float) -> str:
     if not real:
         return ALONE if predicted else ABSENT
-    if not predicted:
-        return LOST
-    if _or(gap.low, gap.value) > -margin:
-        return NOT_INFERIOR
-    return INFERIOR if _or(gap.high, gap.value) < -margin else UNCLEAR_LABEL
+    if gap.high < -margin:
+        return INFERIOR if predicted else LOST
+    return NOT_INFERIOR if predicted and gap.low > -margin else UNCLEAR_LABEL
 
 
 def _words(
@@ -193,18 +194,19 @@ def _words(
     """Put a verdict in words, with its numbers."""
     label, marker, verdict = row["label"], row["marker"], row["verdict"]
     if verdict == ABSENT:
-        return f"Real {marker} does not tell {label} (AUROC {auroc['real']:.2f}): nothing to keep."
+        return f"Real {marker} is not shown to tell {label} (AUROC {auroc['real']:.2f}): nothing to keep."
     numbers = f"AUROC {auroc['predicted']:.2f} against {auroc['real']:.2f}, {_signed(gap.value)}{_interval(gap)}"
     first = {
-        ALONE: f"Predicted {marker} tells {label}, which real {marker} does not ({numbers}): it repeats its source.",
+        ALONE: f"Predicted {marker} tells {label}, which real {marker} is not shown to ({numbers}): it repeats what it "
+        "was made from.",
         NOT_INFERIOR: f"Predicted {marker} tells {label} not inferior to the real stain within {margin:g} ({numbers}).",
         UNCLEAR_LABEL: f"Whether predicted {marker} tells {label} as well as the real stain within {margin:g} is not "
         f"shown ({numbers}).",
         INFERIOR: f"Predicted {marker} tells {label} worse than the real stain by more than {margin:g} ({numbers}).",
-        LOST: f"Predicted {marker} does not tell {label}, the real stain does ({numbers}).",
+        LOST: f"Predicted {marker} has lost {label}, which the real stain tells ({numbers}).",
     }[verdict]
-    second = {BETTER: "better than", NO_BETTER: "no better than", WORSE: "worse than"}[row["over_chromatin"]]
-    second = f"It is {second} chromatin alone ({_signed(over.value)}{_interval(over)})"
+    second = {BETTER: "better", NO_BETTER: "not shown to be better", WORSE: "worse"}[row["over_chromatin"]]
+    second = f"It is {second} than chromatin alone ({_signed(over.value)}{_interval(over)})"
     third = "adds to it" if row["adds"] else "is not shown to add to it"
     return f"{first} {second} and {third} ({_signed(added.value)}{_interval(added)})."
 
@@ -218,12 +220,8 @@ def _interval(value: metrics.Estimate) -> str:
 
 
 def _told(row: Any) -> bool:
-    return bool(_or(row["low"], row["value"]) > 0.5 and row["value"] >= TOLD)
-
-
-def _or(bound: float, otherwise: float) -> float:
-    """A single group has no interval."""
-    return otherwise if np.isnan(bound) else bound
+    """Say whether a label is told: clearly, or, of a single group, which has no interval, by its value alone."""
+    return bool(row["value"] >= TOLD and not row["low"] <= 0.5)
 
 
 def _names(table: pd.DataFrame, column: str, value: str, name: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -60,14 +61,14 @@ def _split(study: Study) -> Iterator[str]:
     if study.nested:
         yield (
             f"In a nested study of {len(study.looks)} folds of {by}, normaliser, model and classifiers were fitted "
-            "without the fold that they were judged on, and inner groups stopped the training."
+            f"without the fold that they were judged on, and inner groups {held_for(study.run)}."
         )
     for k, one in enumerate(study.looks, 1):
         split, obs = one.run.split, one.cohort.source.obs
         cells = pd.Series(split.assign(obs)).value_counts()
         parts = [
             f"{_named(names)} ({cells.get(part, 0):,} cells) {did}"
-            for part, did in (("train", "trained"), ("val", "stopped the training"))
+            for part, did in (("train", "trained"), ("val", held_for(study.run)))
             if (names := getattr(split, part))
         ]
         judged = sorted(set(study.store.obs[by].astype(str).iloc[one.cohort.judged]))
@@ -75,6 +76,12 @@ def _split(study: Study) -> Iterator[str]:
         yield (f"Fold {k}: of {by}, " if study.nested else f"Of {by}, ") + "; ".join(parts) + "."
     if study.leaks:
         yield f"This leaks: {'; '.join(study.leaks)}."
+
+
+def held_for(run: Run) -> str:
+    """Say what validation groups did: they always calibrate; a game of two players they cannot stop."""
+    stopped = any(stage.monitored for stage in run.method.stages)
+    return "stopped the training and calibrated the model" if stopped else "calibrated the model"
 
 
 def _named(names: Sequence[str]) -> str:
@@ -91,7 +98,7 @@ def model_card(run: Run, study: Study, tables: dict[str, pd.DataFrame], summary:
         "## What it is", "",
         f"{run.title}, {sum(p.numel() for p in run.method.parameters()):,} parameters; predicts "
         f"{', '.join(run.panel.proteins)} of single cells from {run.panel.chromatin}, or what else its method takes.",
-        f"Trained on {split} of `{study.store.path.name}` (SHA-256 {run.contract.data_hash[:12]}…), crops of "
+        f"Trained on {split} of `{Path(run.experiment.data).name}` (SHA-256 {run.contract.data_hash[:12]}…), crops of "
         f"{study.store.crop_px} px.", "",
         "## What it may be used for", "",
         "Predicting these stains in images of the same microscope, staining protocol, pixel size and kind of cell. Its "

@@ -31,7 +31,7 @@ def predict_image(
     Parameters
     ----------
     image
-        (C, Y, X) raw intensities, of any size, at the model's pixel size.
+        (C, Y, X) raw intensities as in the model's store, of its dtype; of any size, at the model's pixel size.
     channels
         The marker of each channel, by name or alias; others than the model's are not used.
     markers
@@ -48,13 +48,18 @@ def predict_image(
     Raises
     ------
     InputError
-        Where a source is not among the channels, or twice, a name is unknown, the method knows crops alone, or has no
-        sharp output.
+        Where the dtype is another, a source is not among the channels, or twice, a name is unknown, the method knows
+        crops alone, or has no sharp output.
     """
     run.refuse_crops_alone()
     run.refuse_sharp(sharp)
     if image.ndim != 3 or len(image) != len(channels):
         raise InputError(f"an image of shape {image.shape} is not (C, Y, X) with the {len(channels)} channels named")
+    if image.dtype.name != run.contract.dtype:
+        raise InputError(
+            f"the image has {image.dtype} pixels, the model was trained on {run.contract.dtype}: give raw intensities "
+            "as they were in training, not scaled ones"
+        )
     given = run.source_mask(sources)
     chosen = given.nonzero()[:, 0].tolist()
     places = [_place(run, source, channels) for source in chosen]

@@ -116,6 +116,8 @@ class Trainer:
             self._take_up(tree)
         self.log = RunLog(run, self.position.total, active=self.fabric.is_global_zero, console=console)
         self.interrupt, self.notes = Interrupt(), Notes(self.log.say)
+        if resume and not tree:
+            self.notes.of_run([f"{run} holds no checkpoint to resume: the training begins anew"])
         self._last = dict[str, float]()  # the mean terms of the last epoch
 
     def fit(self) -> None:

@@ -114,7 +114,7 @@ def test_cells_match_images_by_any_of_their_names(tmp_path, key):
         ("roi,label\nz,1\n", r"no 'roi' is an image of the manifest: 'z' here, 'a\.tif' there"),
         ("roi,label\na,1\na,1\n", r"cell 1 of image 'a' has more than one row"),
         ("roi,label\na,x\n", r"column 'label' must hold the integer labels"),
-        ("roi,type\na,x\n", r"c\.csv has no label column.*It has: roi, type"),
+        ("roi,type\na,x\n", r"c\.csv has no label column.*It has: roi, type. Name yours with cells_label_"),
         ("roi,label,area_px\na,1,2\n", r"imgshared writes area_px itself"),
         ("roi,label,N/C\na,1,2\n", r"c\.csv: no column of a store can be named 'N/C': rename"),
     ],

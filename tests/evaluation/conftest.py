@@ -138,7 +138,8 @@ def run(tmp_path):
         contract=contract,
         sources=(PANEL.chromatin,),
         source_channels=(PANEL.chromatin_index,),
-        method=SimpleNamespace(sources=None, parameters=list),
+        method=SimpleNamespace(sources=None, parameters=list, stages=()),
         title="a stand-in",
+        refuse_sharp=lambda wanted: None,
         training_store=gone,
     )

@@ -4,6 +4,7 @@ import copy
 import json
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -238,9 +239,27 @@ def test_classifiers_learn_in_folds_only_where_there_are_groups_enough(world, ru
         ({"factors": ("image",)}, "holds no numbers"),
         ({"labels": ("drug",), "label_values": ("treted",)}, "Did you mean 'treated'"),
         ({"labels": ("drug",), "folds": 5, "train_on": "test"}, "5 folds need 5"),
+        ({"labels": ("drug",), "classifiers": ("cnn",), "cnn": "resnet999"}, "cnn: timm knows no model 'resnet999'"),
     ],
 )
 def test_bad_input_is_named(world, run, store, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         evaluate(run, store, tmp_path / "out", EvaluateConfig(**change), predict=world.predict)
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_settings_that_cannot_be_are_refused_before_anything_is_predicted(world, run, store, tmp_path):
+    def none(wanted):
+        raise InputError("no sharp output")
+
+    run.refuse_sharp = none
+    with pytest.raises(InputError, match="no sharp output"):
+        evaluate(run, store, tmp_path / "out", EvaluateConfig(sharp=True), predict=None)
+
+
+@pytest.mark.parametrize(("monitored", "did"), [(True, "stopped the training and calibrated"), (False, "calibrated")])
+def test_validation_groups_stopped_what_they_could(world, run, store, tmp_path, monitored, did):
+    run.method.stages = (SimpleNamespace(monitored=monitored),)
+    page = evaluate(run, store, tmp_path / "out", EvaluateConfig(), predict=world.predict).report.read_text()
+    assert f"cells) {did} the model" in page
+    assert f"The validation groups {did} the model." in page

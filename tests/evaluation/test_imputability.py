@@ -13,9 +13,10 @@ from rich.console import Console
 from sklearn.metrics import r2_score
 
 from imgshared import api
+from imgshared.data.store import CellStore
 from imgshared.evaluation.collect import collect
 from imgshared.evaluation.floors import Floors
-from imgshared.evaluation.imputability import FILE, assess, imputability, warnings_of, with_labels
+from imgshared.evaluation.imputability import FILE, assess, imputability, shown, warnings_of, with_labels
 from imgshared.prediction import predict_cells
 from imgshared.types import InputError
 
@@ -130,3 +131,13 @@ def test_a_trained_run_knows_and_predict_warns(trained_run, toy, tmp_path):
     path.unlink()
     assert (trained_run.path / FILE).exists() is False
     assert warnings_of(trained_run, ["P1"]) == []
+
+
+def test_a_store_of_fewer_stains_showed_the_others_to_nobody(trained_run, toy, arrays, write_store, tmp_path):
+    images, measured, masks, obs = arrays
+    train = trained_run.split.assign(toy.obs) == "train"
+    fewer = CellStore(
+        write_store(tmp_path / "f.zarr", images[:, :2], measured[:, :2], masks, obs, markers=("DNA", "P1"))
+    )
+    whole = shown(trained_run, toy)
+    assert shown(trained_run, fewer) == {**whole, "P1": int(measured[train, 1].sum()), "P2": 0}

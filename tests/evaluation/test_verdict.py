@@ -33,6 +33,7 @@ def judged(real=0.9, predicted=0.88, gap=(-0.02, 0.01), over=(-0.02, 0.01), adde
         ({"gap": (-0.2, -0.03)}, "not shown"),
         ({"gap": (-0.2, -0.1), "margin": 0.3}, "not inferior"),
         ({"predicted": 0.52, "gap": (-0.5, -0.3)}, "lost"),
+        ({"predicted": 0.52, "gap": (-0.8, 0.02)}, "not shown"),
         ({"real": 0.55}, "in the prediction alone"),
         ({"real": 0.55, "predicted": 0.55}, "not in the real stain"),
     ],
@@ -57,7 +58,7 @@ def test_a_verdict_names_margin_and_numbers():
     assert "is not shown to add to it" in worse["words"]
 
 
-def test_one_group_has_no_interval_and_is_judged_by_the_value():
+def test_one_group_has_no_interval_and_shows_nothing():
     nothing = (np.nan, np.nan)
     row = verdict.judge_labels(
         pd.DataFrame(
@@ -74,7 +75,7 @@ def test_one_group_has_no_interval_and_is_judged_by_the_value():
         ),
         0.05,
     ).iloc[0]
-    assert (row["verdict"], row["over_chromatin"], bool(row["adds"])) == ("inferior", "better", False)
+    assert (row["verdict"], row["over_chromatin"], bool(row["adds"])) == ("not shown", "not shown better", False)
     assert "[" not in row["words"]
 
 

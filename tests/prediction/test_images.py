@@ -76,6 +76,8 @@ def test_what_cannot_be_predicted_is_refused(untrained, trained_run, field):
         predict_image(run, field, ["DNA", "P1", "dna"])
     with pytest.raises(InputError, match=r"shape \(3, 131, 150\) is not \(C, Y, X\) with the 1 channels"):
         predict_image(run, field, ["DNA"])
+    with pytest.raises(InputError, match="the image has float64 pixels, the model was trained on uint16: give raw"):
+        predict_image(run, field / 60000, run.panel.markers)
     with pytest.raises(InputError, match="no marker 'P9'"):
         predict_image(run, field, run.panel.markers, markers=["P9"])
     with pytest.raises(InputError, match="apollo predicts crops of 16 px alone"):

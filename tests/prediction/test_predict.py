@@ -310,6 +310,8 @@ def test_the_api_takes_paths_and_settings(trained_run, toy, tmp_path):
         api.predict(trained_run, toy, tmp_path / "q.zarr", marker=["P1"])
     with pytest.raises(InputError, match="overrides change a YAML file, not an Experiment: seed=3"):
         api.train(trained_run.experiment, "seed=3", out=tmp_path / "run")
+    with pytest.raises(InputError, match=r"q\.ome\.tif: what is predicted of a cell store is a store.*ome_tiff=true"):
+        api.predict(trained_run, toy, tmp_path / "q.ome.tif")
     beside = api.predict(trained_run, toy)
     assert beside == trained_run.path / "predictions" / "cells.zarr"
     assert torch.is_grad_enabled()

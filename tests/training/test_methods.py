@@ -282,7 +282,7 @@ def test_mvae_trains_and_predicts_what_was_not_measured(
             assert 0 <= row[f"{given}active_dimensions"] <= 6
             assert row[f"{given}kl_low"] <= row[f"{given}kl_median"] <= row[f"{given}kl_high"]
     assert "posterior collapse" not in said
-    with pytest.warns(UserWarning, match="recover next to nothing"):  # two epochs
+    with pytest.warns(UserWarning, match="recover little"):  # two epochs
         path = imgshared.predict(run, toy_path, out=tmp_path / "predicted.zarr")
     written = anndata.read_zarr(path)
     assert list(written.var_names) == ["P1", "P2"]
