@@ -11,7 +11,8 @@ store of random crops and measures how long a step waits for its batch, with the
 Last, every method by its own configuration, 64-pixel crops, each in a process of its own: cells/s, floating-point
 operations a second beside the rate of a large matrix product in the same precision, the share of a step that waits for
 crops streamed from disk, and the greatest memory. How a step depends on the number of cells is benchmark_scale.py's
-question. `compiled` asks what torch.compile gains, with CUDA graphs on a GPU. Figures are medians; read the ratios.
+question. `terms` asks what translator's costlier terms make of a step in which every cell is translated, `compiled`
+what torch.compile gains, with CUDA graphs on a GPU. Figures are medians; read the ratios.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import argparse
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,9 @@ SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is the devic
 NORMALISER = Normaliser("linear", 5.0, (0.0, 0.0), (4000.0, 4000.0))
 PLAIN = "apollo, float32, contiguous"
 TRANSLATOR, PREDICTS = "translator", "translator predicts one stain"
+PARTS = ("speed", "methods", "terms", "compiled")
+TERMS = ("patch_nce", "cycle", "agreement", "independence", "identity")
+ALL = "method.translated=null"
 
 
 class Bench:
@@ -124,7 +128,7 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--parts", nargs="+", choices=("speed", "methods", "compiled"), default=("speed", "methods"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:2])
     parser.add_argument(
         "--record",
         type=Path,
@@ -140,6 +144,8 @@ def main() -> None:
             found["loading"] = measure_loading(used, device, a.steps)
         elif part == "methods":
             found["methods"] = [apart(every_step, method, str(device), a.steps) for method in METHODS]
+        elif part == "terms":
+            found["terms"] = compare_terms(device, a.steps)
         else:
             found["compiled"] = compare_compiled(device, a.steps)
         print("\n\n".join(markdown(rows) for rows in found.values()), "\n")
@@ -168,24 +174,40 @@ def compare(device: torch.device, steps: int) -> tuple[list[dict[str, object]], 
         "translator, float32, contiguous": Bench(device, "translator", channels_last=False, bf16=False),
         TRANSLATOR: best("translator"),
     }
-    for term in ("patch_nce", "cycle", "agreement", "independence", "identity"):
+    for term in TERMS:
         variants[f"{TRANSLATOR} + {term}"] = best("translator", f"method.weights.{term}=0.1")
-    variants["translator, all cells translated"] = best("translator", "method.translated=null")
+    variants["translator, all cells translated"] = best("translator", ALL)
     variants["translator without adversarial"] = best("translator", *MEAN)
     work = {name: bench.step for name, bench in variants.items()} | {PREDICTS: variants[TRANSLATOR].predict}
-    for job in work.values():
-        job()  # warm up
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(steps):
-        for name, job in work.items():
-            seconds[name].append(job())
-    median = {name: float(np.median(s)) for name, s in seconds.items()}
+    median = medians(work, steps)
     rows = [
         {"variant": name, "cells/s": BATCH / s, "ratio to plain apollo": median[PLAIN] / s,
          "time / translator's step": s / median[TRANSLATOR]}
         for name, s in median.items()
     ]  # fmt: skip
     return rows, variants[f"apollo, {named}"]
+
+
+def medians(work: Mapping[str, Callable[[], float]], steps: int) -> dict[str, float]:
+    """Do each job once to warm up and then so many times, in turn; the median of its seconds."""
+    for job in work.values():
+        job()
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(steps):
+        for name, job in work.items():
+            seconds[name].append(job())
+    return {name: float(np.median(s)) for name, s in seconds.items()}
+
+
+def compare_terms(device: torch.device, steps: int) -> list[dict[str, object]]:
+    """Time translator's step with every cell translated, and with each of its costlier terms."""
+    best = partial(Bench, device, "translator", ALL, channels_last=True, bf16=has_bf16(device.type))
+    work = {TRANSLATOR: best().step, **{term: best(f"method.weights.{term}=0.1").step for term in TERMS}}
+    found = medians(work, steps)
+    return [
+        {"with": name, "cells/s": BATCH / s, "time / translator's step": s / found[TRANSLATOR]}
+        for name, s in found.items()
+    ]
 
 
 def compare_compiled(device: torch.device, steps: int) -> list[dict[str, Any]]:

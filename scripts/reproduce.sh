@@ -18,7 +18,7 @@ PYTHON="$python" ./reproduce_evaluation.sh "$data" "$out"
 "$python" benchmark_methods.py "$data" "$out/methods_simulated" --datasets simulated --workers 1 --seconds 540 \
   --record "$out/results"
 "$python" benchmark_methods.py "$data" "$out/methods" --datasets bbbc013 imc_spleen --record "$out/results"
-"$python" benchmark_training.py --parts speed methods compiled --record "$out/results"
+"$python" benchmark_training.py --parts speed methods terms compiled --record "$out/results"
 "$python" benchmark_scale.py --record "$out/results/scale.json"
 "$python" study_kill.py "$out/kill" --record "$out/results/kill.json"
 "$python" study_slides.py "$data" "$out/slides" --record "$out/results/slides_real.json"

@@ -17,7 +17,9 @@ import pandas as pd
 import pytest
 import torch
 
-from imgshared.config import dump
+from imgshared.build import build_method
+from imgshared.config import Experiment, dump, load
+from imgshared.data.panel import Panel
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 SMALL = {"linear": (), "regression": ("method.channels=[8,16]", "train.batch_size=16", "train.accelerator=cpu")}
@@ -99,6 +101,19 @@ def test_the_benchmark_trains_scores_and_goes_on_with_its_own_results_alone(benc
     monkeypatch.setattr(script, "processor", lambda: "another")
     with pytest.raises(SystemExit, match=r"speed_linear\.job\.json .*device was .*, is 'another'"):
         script.main()
+
+
+@pytest.mark.parametrize("edition", ["cpu", "full"])
+def test_every_method_of_an_edition_can_be_built(monkeypatch, edition):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import benchmark_methods as script
+
+    chosen = script.EDITIONS[edition]
+    assert set(chosen.overrides) <= set(script.METHODS)
+    for method in script.METHODS:
+        path = SCRIPTS.parent / "configs" / f"{method}.yaml"
+        experiment = load(Experiment, path, ["data=cells.zarr", *chosen.overrides.get(method, ())])
+        assert build_method(experiment.method, Panel(("DNA", "P1", "P2"), "DNA"), chosen.crop_px)
 
 
 def test_a_failed_task_is_told_and_nothing_is_recorded(bench, tmp_path, monkeypatch, capsys):
