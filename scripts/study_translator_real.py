@@ -31,6 +31,7 @@ import study_bbbc013
 import tifffile
 import yaml
 from common import (
+    CODE,
     MEAN,
     ROOT,
     experiment_settings,
@@ -102,16 +103,18 @@ def trained(config: str, store: Path, run: Path, *overrides: str) -> Run:
         Console().rule(str(run))
         experiment = load(Experiment, ROOT / "configs" / f"{config}.yaml", [f"data={store}", *overrides])
         imgshared.train(experiment, out=run, resume=run.exists(), console=Console())
+        (run / "code.json").write_text(json.dumps(CODE) + "\n")
         done.write_text(json.dumps(said) + "\n")
     return imgshared.load_run(run)
 
 
 def told(run: Path) -> dict[str, Any]:
-    """Return how a run was trained, and the seconds that it took."""
+    """Return how a run was trained, by which commit, and the seconds that it took."""
     experiment = load(Experiment, run / "config.yaml")
     return {
         "run": run.name,
         **json.loads((run / "done").read_text()),
+        **json.loads((run / "code.json").read_text()),
         "epochs": getattr(experiment.method, "epochs", None),
         "seed": experiment.seed,
         "train_seconds": train_seconds(run),
@@ -260,7 +263,7 @@ def one_region(folder: Path, store: Path, region: str, seed: int) -> dict[str, A
         correlations += [{"method": method, **row} for row in _correlations(run, *images[region])]
         labels.append({"method": method, **_pulp(images, folder, region)})
         runs.append(told(run.path))
-    where = {name: provenance()[name] for name in ("commit", "processor", "precision", "torch")}
+    where = {name: provenance()[name] for name in ("processor", "precision", "torch")}
     about = {"region": region, "seed": seed, **where, "settings": _resolved(region, seed)}
     return {**about, "r": correlations, "white pulp": labels, "runs": runs}
 
