@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ class Method(nn.Module, ABC):
         The part of the stage that is done, in [0, 1]; the loop keeps it up to date.
     """
 
-    tables: Mapping[str, LatentTable]
+    tables: Mapping[str, LatentTable] = MappingProxyType({})  # a loaded method has none
     stage: Stage
     sources: tuple[int, ...] | None = None
     targets: tuple[int, ...] | None = None

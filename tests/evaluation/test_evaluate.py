@@ -125,7 +125,7 @@ def test_evaluation_of_planted_signals(done, tmp_path, world, run):
     assert "| Rim | 0." in card
     assert "drug: not inferior" in card
     for said in (
-        "donor05 (300 cells) trained; donor06, donor07 (100 cells) stopped",
+        "donor05 (300 cells) trained; donor06, donor07 (100 cells) calibrated the model",
         "4 values of group were judged",
         "a loss of AUROC up to 0.05",
     ):

@@ -13,6 +13,7 @@ from rich.console import Console
 from sklearn.metrics import r2_score
 
 from imgshared import api
+from imgshared.data.panel import Panel
 from imgshared.data.store import CellStore
 from imgshared.evaluation.collect import collect
 from imgshared.evaluation.floors import Floors
@@ -136,8 +137,7 @@ def test_a_trained_run_knows_and_predict_warns(trained_run, toy, tmp_path):
 def test_a_store_of_fewer_stains_showed_the_others_to_nobody(trained_run, toy, arrays, write_store, tmp_path):
     images, measured, masks, obs = arrays
     train = trained_run.split.assign(toy.obs) == "train"
-    fewer = CellStore(
-        write_store(tmp_path / "f.zarr", images[:, :2], measured[:, :2], masks, obs, markers=("DNA", "P1"))
-    )
+    two = Panel(("DNA", "P1"), "DNA")
+    fewer = CellStore(write_store(tmp_path / "f.zarr", images[:, :2], measured[:, :2], masks, obs, panel=two))
     whole = shown(trained_run, toy)
     assert shown(trained_run, fewer) == {**whole, "P1": int(measured[train, 1].sum()), "P2": 0}

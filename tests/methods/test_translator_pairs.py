@@ -40,16 +40,16 @@ def test_cells_of_one_stain_each_are_refused_where_no_term_translates(
 
 def test_proteins_that_never_meet_chromatin_are_named_where_no_term_translates(make_translator: Make) -> None:
     apart = torch.tensor([[True, False, True]] * 5 + [[False, True, False]] * 5)  # proteins together, DNA alone
-    method, _ = make_translator({"weights": {"cross": 1.0}}, measured=apart)
+    method, _ = make_translator({"weights": {"full": 1.0, "cross": 1.0}}, measured=apart)
     said = method.doubts(apart, method.panel.markers)
     assert [s.partition(":")[0] for s in said] == ["P0", "P2"]
-    translating = {"weights": {"cross": 1.0, "patch_nce": 1.0, "adversarial": 1.0}}
+    translating = {"weights": {"full": 1.0, "cross": 1.0, "patch_nce": 1.0, "adversarial": 1.0}}
     assert make_translator(translating, measured=apart)[0].doubts(apart, method.panel.markers) == []
 
 
 def test_a_stain_that_nothing_joins_with_chromatin_is_named(make_translator: Make) -> None:
     both, alone = [[True, True, False]] * 3, [[False, False, True]] * 2
-    method, _ = make_translator({"weights": {"cross": 1.0}})
+    method, _ = make_translator({"weights": {"full": 1.0, "cross": 1.0}})
     markers = method.panel.markers
     (said,) = method.doubts(torch.tensor(both + alone), markers)
     assert said.startswith("P2: no training cell shows it beside DNA or a stain that others show beside DNA")
@@ -57,10 +57,19 @@ def test_a_stain_that_nothing_joins_with_chromatin_is_named(make_translator: Mak
     assert method.doubts(torch.tensor(both), markers) == []
     assert method.doubts(torch.tensor([*both, *alone, [True, False, True]]), markers) == []
     assert method.doubts(torch.tensor([*both, *alone, [False, True, True]]), markers) == []  # by way of P0
-    translating = {"weights": {"cross": 1.0, "patch_nce": 1.0, "adversarial": 1.0}, "discriminator_sees_source": False}
+    translating = {
+        "weights": {"full": 1.0, "cross": 1.0, "patch_nce": 1.0, "adversarial": 1.0},
+        "discriminator_sees_source": False,
+    }
     assert make_translator(translating)[0].doubts(torch.tensor(both + alone), markers) == []
     blind = make_translator({**translating, "discriminator_sees_source": True})[0]  # it would never judge P2
     assert blind.doubts(torch.tensor(both + alone), markers) == [said]
+
+
+def test_specific_maps_that_nothing_teaches_to_draw_are_said(make_translator: Make) -> None:
+    method, batch = make_translator({"weights": {"cross": 1.0}})
+    (said,) = method.doubts(batch.measured, method.panel.markers)
+    assert said.startswith("method.weights.full=0: nothing teaches to draw from specific maps")
 
 
 def test_what_is_paired_shows_chromatin_and_another_stain(make_translator: Make) -> None:

@@ -185,6 +185,6 @@ def test_floats_that_are_no_intensities_are_named(run, pixels, write_tiff, tmp_p
             predict_slide(floats, path, tmp_path / f"{len(wish)}.ome.zarr", SlideConfig(**wish))
     out = predict_slide(floats, path, tmp_path / "o.ome.zarr", SlideConfig(skip_damaged=True))
     assert about(out)["damaged"] == [[256, 512, 256, 512]]
-    whole = predict_image(floats, pixels, ["DNA", "P1"])
+    whole = predict_image(floats, pixels.astype(np.float32), ["DNA", "P1"])
     keep = outside(about(out)["unpredicted"][0])
     np.testing.assert_allclose(predicted(out)[:, keep], whole[:, keep], atol=1e-5 * np.ptp(whole))

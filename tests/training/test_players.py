@@ -197,8 +197,10 @@ def test_pictures_and_diversity_of_every_validation(whole: tuple[Path, Seen, str
     files = sorted((whole[0] / "samples").iterdir())
     assert [f.name for f in files] == [f"{STEPS * (e + 1):07d}.png" for e in range(EPOCHS)]
     pictures = [np.asarray(Image.open(f)) for f in files]
-    assert {p.shape for p in pictures} == {(14 + 6 * (16 + 2), 5 * (16 + 2))}  # DNA, then P1 and P2 real and predicted
-    assert (pictures[0][:, :36] == pictures[-1][:, :36]).all()  # the same cells, the same real stains
+    assert {p.shape for p in pictures} == {
+        (2 * 14 + 6 * (64 + 2), 5 * (64 + 2))
+    }  # DNA, then P1 and P2 real and predicted
+    assert (pictures[0][:, :132] == pictures[-1][:, :132]).all()  # the same cells, the same real stains
     assert (pictures[0] != pictures[-1]).any()  # other predictions
     rows = read_metrics(whole[0])
     for row in rows:
@@ -304,7 +306,14 @@ def test_cells_that_cannot_teach_it_are_refused_before_a_folder_is_made(unpaired
 
 def test_free_latents_and_balanced_panels_exclude_each_other(toy_path: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"train\.balance=panels may draw a cell twice"):
-        run(load(Experiment, None, [f"data={toy_path}", "train.balance=panels", "split.test=[g0]"]), tmp_path / "run")
+        run(
+            load(
+                Experiment,
+                None,
+                [f"data={toy_path}", "train.balance=panels", "split.test=[g0]", "method.channels=[8,96]"],
+            ),
+            tmp_path / "run",
+        )
     assert not (tmp_path / "run").exists()
 
 
