@@ -110,10 +110,11 @@ def trained(config: str, store: Path, run: Path, *overrides: str) -> Run:
 
 def told(run: Path) -> dict[str, Any]:
     """Return how a run was trained, by which commit, and the seconds that it took."""
-    experiment = load(Experiment, run / "config.yaml")
+    experiment, said = load(Experiment, run / "config.yaml"), json.loads((run / "done").read_text())
+    said["overrides"].pop("data", None)  # a place on this machine
     return {
         "run": run.name,
-        **json.loads((run / "done").read_text()),
+        **said,
         **json.loads((run / "code.json").read_text()),
         "epochs": getattr(experiment.method, "epochs", None),
         "seed": experiment.seed,
