@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
 from typing import Any, Literal
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -24,12 +25,14 @@ REPEATS = 10  # of a cell in an epoch, at most, by which panels of few cells are
 Residency = Literal["device", "memory", "stream"]
 
 
-def mix(*numbers: int) -> int:
-    """Hash integers to a seed: neighbouring (seed, epoch, step, rank) give unrelated random streams.
+def mix(use: str, *numbers: int) -> int:
+    """Hash what random numbers are for, and where in a training they are drawn, to a seed.
 
-    Keys that differ by zeros at their end alone give the same one.
+    Neighbouring (seed, epoch, step, part) give unrelated streams, and so do two uses at the same place.
     """
-    return int(np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
+    # How many there are is one of them: SeedSequence takes keys that differ by zeros at their end alone for the same.
+    key = [crc32(use.encode()), len(numbers), *(n & 0xFFFFFFFF for n in numbers)]
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 @dataclass
@@ -97,7 +100,7 @@ class Feed:
 
     def epoch(self, epoch: int, start: int = 0, augment: Augment | None = None) -> Iterator[Batch]:
         """Yield this rank's parts of the batches of an epoch, one after the other, from step `start` on."""
-        order = self._order(torch.Generator().manual_seed(mix(self.seed, epoch)))
+        order = self._order(torch.Generator().manual_seed(mix("order", self.seed, epoch)))
         own = range(self.rank * self.parts, (self.rank + 1) * self.parts)
         places = [(step, part) for step in range(start, self.steps) for part in own]
 
@@ -106,10 +109,10 @@ class Feed:
             return batch.tensor_split(self.world * self.parts)[part]  # contiguous: each holds the panels in turn
 
         geometry = augment.geometry if augment else None
-        work = ((rows(*place), geometry, mix(self.seed, epoch, *place, 2)) for place in places)
+        work = ((rows(*place), geometry, mix("geometry", self.seed, epoch, *place)) for place in places)
         for place, batch in zip(places, self._batches(work), strict=True):
             if augment and len(batch.index):
-                batch = augment.intensity(batch, mix(self.seed, epoch, *place, 1))
+                batch = augment.intensity(batch, mix("intensity", self.seed, epoch, *place))
             yield batch
 
     def _order(self, generator: torch.Generator) -> Tensor:

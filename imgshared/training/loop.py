@@ -86,14 +86,14 @@ class Trainer:
             store.data_hash,
         )  # fmt: skip
         self.augment = build_augment(experiment.augment, experiment.method)
-        torch.manual_seed(mix(experiment.seed))
+        torch.manual_seed(mix("weights", experiment.seed))
         method = build_method(experiment.method, panel, store.crop_px)
         tree = self._saved(run) if resume else {}
         parts, some_stain = split.assign(store.obs), measured.any(1)
         cells = {part: ((parts == part) & some_stain).nonzero()[0] for part in ("train", "val")}
         self._unstained = int((parts == "train").sum()) - len(cells["train"])
         self._stained = torch.from_numpy(measured[cells["train"]])
-        method.prepare(self._stained, mix(experiment.seed, 1))
+        method.prepare(self._stained, mix("prepare", experiment.seed))
         refuse_ignored(self.config, method.stages)
         if method.tables and self.config.balance == "panels":
             raise InputError("train.balance=panels may draw a cell twice at once, which free latents cannot: use cells")
@@ -193,7 +193,7 @@ class Trainer:
             mover.zero_grad(set_to_none=True)
         self.statistics.begin()
         for part, batch in enumerate(batches, self.fabric.global_rank * len(batches)):
-            torch.manual_seed(mix(self.experiment.seed, at.stage, at.epoch, at.step, part))
+            torch.manual_seed(mix("train", self.experiment.seed, at.stage, at.epoch, at.step, part))
             for player, optimizer in optimizers.items():
                 self.method.turn(player)
                 with self.fabric.autocast():
@@ -270,7 +270,7 @@ class Trainer:
             batches = feed.once(max(1, self.config.batch_size)) if len(feed) else ()
             for number, batch in enumerate(batches):
                 place = number * self.fabric.world_size + self.fabric.global_rank
-                torch.manual_seed(mix(self.experiment.seed, at.stage, at.epoch, place, 1))
+                torch.manual_seed(mix("validate", self.experiment.seed, at.stage, at.epoch, place))
                 terms = self.method.validate(batch)
                 weight = len(batch.index) if terms.count is None else terms.count
                 if weight:

@@ -43,7 +43,14 @@ def test_batches_are_a_function_of_seed_epoch_and_step(toy):
     assert_equal(first, list(feed(toy).epoch(4)))
     assert not torch.equal(first[0].index, next(feed(toy).epoch(5)).index)
     assert not torch.equal(first[0].index, next(feed(toy, seed=6).epoch(4)).index)
-    assert mix(1, 2) != mix(2, 1)
+
+
+def test_every_use_and_place_has_a_seed_of_its_own():
+    places = [(), (0,), (0, 0), (1,), (1, 0), (0, 1), (1, 0, 0), (2, 1), (1, 2), (1, 2, 0, 0, 0), (1, 2, 0, 0)]
+    seeds = [mix(use, *place) for use in ("train", "validate") for place in places]
+    assert len(set(seeds)) == len(seeds)
+    assert mix("train", 1, 2) == mix("train", 1, 2)
+    assert all(0 <= s < 2**63 for s in seeds)
 
 
 def test_an_epoch_that_starts_late_gives_the_rest_of_the_same_sequence(toy):
