@@ -51,6 +51,10 @@ class Maps:
 class TranslationNetwork(nn.Module):
     """Encoders, fusion and decoder of any number of markers.
 
+    All stains start alike, encoders and heads: what is bright in one is read and drawn as bright in the others. Where
+    none were stained together only a discriminator can tell a stain from its negative, and from starts of each stain's
+    own it often does not.
+
     Parameters
     ----------
     markers, chromatin
@@ -100,6 +104,8 @@ class TranslationNetwork(nn.Module):
         self._places = network_of
         serves = [network_of.count(i) for i in range(max(network_of) + 1)]
         self.encoders = nn.ModuleList([build(channels, marker_dim=marker_dim if n > 1 else 0) for n in serves])
+        for encoder in self.encoders[1:]:  # all alike: a condition, which not all have, starts as the identity
+            encoder.load_state_dict(self.encoders[0].state_dict(), strict=False)
         self.reductions: tuple[int, ...] = self.encoders[0].reductions  # type: ignore[assignment]
         self.marker = nn.Embedding(markers, marker_dim)
         self.log_std = nn.ModuleList([_zero(nn.Conv2d(s, s, 1)) for s in self.widths] if product else [])
@@ -228,8 +234,8 @@ class Head(nn.Module):
     def __init__(self, width: int, markers: int, marker_dim: int, reduction: int, outputs: int) -> None:
         super().__init__()
         self.condition = Condition(marker_dim, width)
-        # The pixels of one place start alike, as after an upsampling (Aitken et al. 2017).
-        start = torch.randn(markers, self.FINE, 1, width) * (2 / width) ** 0.5
+        # The pixels of one place start alike, as after an upsampling (Aitken et al. 2017), and so do all markers.
+        start = torch.randn(self.FINE, 1, width) * (2 / width) ** 0.5
         places = (markers, self.FINE, reduction**2, width)
         self.weight = nn.Parameter(start.expand(places).reshape(markers, -1, width).clone())
         self.bias = nn.Parameter(torch.zeros(markers, self.FINE * reduction**2))

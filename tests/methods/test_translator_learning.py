@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imgshared.config import TranslatorConfig
+from imgshared.config import Experiment, TranslatorConfig, load
 from imgshared.data.panel import Panel
 from imgshared.methods.translator import Translator
+from imgshared.metrics import pearson
 from imgshared.types import Batch
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 DNA = 1
-
 
 Make = Callable[..., tuple[Translator, Batch]]
 
@@ -75,6 +78,24 @@ def toy(n: int, seed: int) -> Tensor:
     blur = F.avg_pool2d(dna[:, None], 3, 1, 1)[:, 0]
     protein = 0.5 * blur + 0.8 * spots(1, 1.0)
     return torch.stack([protein, dna, protein], 1)
+
+
+@pytest.mark.parametrize("seed", [2, 3])  # from starts of each stain's own these came to draw the negative
+def test_it_draws_a_stain_where_it_belongs_without_a_cell_that_shows_both(seed: int) -> None:
+    torch.manual_seed(seed)
+    unpaired = load(Experiment, CONFIGS / "translator_unpaired.yaml").method
+    small = {"channels": (12, 16), "marker_dim": 4, "discriminator_channels": (8, 16)}
+    method = Translator(replace(unpaired, **small), panel=Panel(("P0", "DNA"), "DNA"), crop_px=16)
+    measured = torch.eye(2, dtype=torch.bool).repeat_interleave(128, 0)
+    method.prepare(measured, 0)
+    seen = torch.where(measured[..., None, None], toy(256, 0)[:, :2], torch.nan)
+    learn(method, Batch(torch.arange(256), seen, measured), 100, size=16, lr=3e-3)
+    test = toy(100, 1)[:, :2]
+    with torch.no_grad():
+        drawn = method.translate(test, torch.eye(2, dtype=torch.bool)[[DNA] * 100], [0]).mean[:, 0]
+    own, other = (pearson(test[:, 0].numpy(), guess.numpy()).mean() for guess in (drawn, drawn.roll(1, 0)))
+    assert own > 0.6
+    assert other < 0.3
 
 
 def taught(measured: Tensor, **settings: Any) -> tuple[Translator, Tensor]:

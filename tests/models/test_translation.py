@@ -70,6 +70,22 @@ def test_stains_are_encoded_in_any_order_each_by_its_own_encoder(by_marker, netw
     assert read == ([(0, 3), (1, 2), (2, 2)] if by_marker else [(0, 2), (1, 5)])
 
 
+@pytest.mark.parametrize("changes", [{}, {"by_marker": True}, {"backbone": "resnet10t", "channels": (4, 6, 8)}])
+def test_all_stains_start_alike(changes):
+    net = fresh(**changes)
+    side = 4 * net.multiple
+    maps = net.encode(torch.rand(1, 1, side, side).expand(3, -1, -1, -1), torch.arange(3))
+    for level in (*maps.shared, *maps.specific):
+        assert level.std() > 0
+        torch.testing.assert_close(level, level[:1].expand_as(level))
+    trunk = net.shared_path([h[:1] for h in maps.shared]).expand(3, -1, -1, -1)
+    drawn, _ = net.decode(trunk, torch.arange(3), (side, side), detail=torch.zeros(()))
+    assert drawn[0].std() > 0
+    torch.testing.assert_close(drawn, drawn[:1].expand_as(drawn))
+    for one, other in zip(net.encoders[0].parameters(), net.encoders[1].parameters(), strict=False):
+        assert one is not other  # alike, not tied
+
+
 def test_proteins_that_share_an_encoder_are_told_apart_by_their_embedding():
     net = build()
     image = torch.rand(1, 1, 16, 16)
