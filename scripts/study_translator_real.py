@@ -1,7 +1,7 @@
 """translator on real cells: paired and unpaired bbbc013, imc_spleen region by region, crops against whole fields.
 
-    python scripts/study_translator_real.py DATA OUT [--parts bbbc013 unpaired imc_spleen] [--seeds 0 1 2]
-        [--regions ROI002 ROI004 ROI008 ROI010] [--record DIR]
+    python scripts/study_translator_real.py DATA OUT [--parts bbbc013 unpaired starts imc_spleen]
+        [--seeds 0 1 2] [--regions ROI002 ROI004 ROI008 ROI010] [--record DIR]
 
 DATA holds bbbc013/ and imc_spleen/.
 
@@ -9,6 +9,7 @@ bbbc013      Rows A and E train, rows B and F are reported on; seed 0.
 unpaired     DNA of the odd columns and FKHR of the even ones, never both of one cell, every seed. Beside the
              predictions the same ones given to other cells, of any well and of the same well: what is left in the
              latter, the well alone tells. Intervals are of the wells, by a jackknife.
+starts       translator_unpaired alone, briefly, every seed: whether some start ends in the negative of a stain.
 imc_spleen   One region is reported on, the next one stops the training, two train, every seed; stains are predicted for
              the whole region at once and compared as its data sheet does, with the target smoothed at sigma 1.
 
@@ -75,10 +76,11 @@ def main() -> None:
     parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "bbbc013": paired,
         "unpaired": unpaired,
+        "starts": starts,
         "imc_spleen": regions,
     }
     parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of unpaired and imc_spleen")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of all parts but bbbc013")
     parser.add_argument("--regions", nargs="+", choices=REGIONS, default=REGIONS, help="left out, of imc_spleen")
     parser.add_argument("--record", type=Path, default=None, help="folder for the JSON (default: OUT)")
     a = parser.parse_args()
@@ -167,15 +169,24 @@ def fields(a: argparse.Namespace, run: Run, margin: int = 128, wells: tuple[str,
 
 def unpaired(a: argparse.Namespace) -> dict[str, Any]:
     """Learn from DNA of some wells and FKHR of others; judge on held-out wells that have both."""
+    return _unpaired(a, UNPAIRED, "unpaired")
+
+
+def starts(a: argparse.Namespace) -> dict[str, Any]:
+    """Do so briefly, from several starts: a discriminator alone tells a stain from its negative."""
+    return _unpaired(a, {"translator_unpaired": 2}, "starts")
+
+
+def _unpaired(a: argparse.Namespace, epochs_of: dict[str, int], folder: str) -> dict[str, Any]:
     store = study_bbbc013.prepared(a.data.resolve() / "bbbc013", a.out / "bbbc013")
     wells = [f"{row}{column:02d}" for row in "AE" for column in range(1, 13)]
     hidden = {"DNA": [w for w in wells if int(w[1:]) % 2 == 0], "FKHR-EGFP": [w for w in wells if int(w[1:]) % 2]}
     split = [f"split.test={HELD_OUT}", "split.val=[]", f"unstained={json.dumps(hidden)}"]
     rows, runs = [], []
-    for name, epochs in UNPAIRED.items():
+    for name, epochs in epochs_of.items():
         for seed in a.seeds:
             settings = [*split, f"method.epochs={epochs}", f"seed={seed}"]
-            run = trained(name, store, a.out / "unpaired" / f"{name}_{seed}", *settings)
+            run = trained(name, store, a.out / folder / f"{name}_{seed}", *settings)
             rows += [{"method": name, "seed": seed, **row} for row in against_shuffled(run, CellStore(store))]
             runs.append(told(run.path))
     return {"FKHR predicted from DNA, held-out wells, learnt without pairs": rows, "runs": runs}
