@@ -5,12 +5,13 @@
     python scripts/benchmark_methods.py --tables DIR [--readme]
 
 DATA is the folder that holds bbbc013/ and imc_spleen/. Every method is its configs/<name>.yaml with the edition's
-changes below; a short calibration measures how fast it trains here, and its epochs are what fits into the time. A task
-is one training of one method, in a process of its own, with its share of the cores. OUT keeps what is finished, beside
-the settings that it was made with, and it is never done twice; where these differ from the settings now (a YAML, a
-size, the number of tasks at a time, the processor), the script says which and stops. A task that fails says so and the
-rest goes on; the results then go to OUT/results alone, and the exit code is 1. Where a task has one core, its seconds
-are processor time: on a machine shared with others the methods still get the same.
+changes below; a short calibration measures how fast it trains here, and its epochs, and their steps, are what fits into
+the time, be it a part of one epoch. A task is one training of one method, in a process of its own, with its share of
+the cores. OUT keeps what is finished, beside the settings that it was made with, and it is never done twice; where
+these differ from the settings now (a YAML, a size, the number of tasks at a time, the processor), the script says which
+and stops. A task that fails says so and the rest goes on; the results then go to OUT/results alone, and the exit code
+is 1. Where a task has one core, its seconds are processor time: on a machine shared with others the methods still get
+the same.
 
 Results are methods_<dataset>.json, of another edition than cpu methods_<dataset>_<edition>.json. README's tables are
 those of the cpu edition.

@@ -224,27 +224,35 @@ def speed(job: Job) -> None:
     write(result, {"stages": stages, "device": str(trainer.fabric.device)})
 
 
-def plan(stages: list[dict[str, Any]], batch_size: int, train: int, val: int, seconds: float) -> tuple[list[int], int]:
-    """Return the epochs of each stage that take so many seconds in all, and after how many epochs to validate.
+def plan(
+    stages: list[dict[str, Any]], batch_size: int, train: int, val: int, seconds: float
+) -> tuple[list[int], int, int]:
+    """Return the epochs of each stage that take so many seconds in all, after how many to validate, and their steps.
+
+    A single stage has epochs of so many steps that it takes its time, however long all cells would: one epoch of a part
+    of them where not all fit. Of several stages an epoch is all cells.
 
     A monitored stage is validated up to `CHECKS` times as long as that takes no more than `CHECKED` of its time, but
     once at least; any other never, since nothing depends on it. The time that is planned for validation is that of the
     validations which are made.
     """
-    epochs, every = [], 1
+    full = max(1, train // batch_size)
+    epochs, every, steps = [], 1, full
     for stage in stages:
-        share = seconds / len(stages)
-        one = max(1, train // batch_size) * batch_size / stage["cells_per_s"]
-        check = val / stage["val_cells_per_s"]
-        if not stage["monitored"]:
-            epochs.append(max(1, round(share / one)))
+        share, step = seconds / len(stages), batch_size / stage["cells_per_s"]
+        check, made = val / stage["val_cells_per_s"], 0
+        whole = math.ceil if len(stages) == 1 else round
+        if stage["monitored"]:
+            most = min(max(int(CHECKED * share / check), 1), CHECKS)
+            checks = (max(1, whole(share / (n * full * step + check))) for n in itertools.count(1))
+            every, made = next((n, k) for n, k in enumerate(checks, 1) if k <= most)
+            epochs.append(every * made)
+        else:
+            epochs.append(max(1, whole(share / (full * step))))
             every = epochs[-1] + 1
-            continue
-        most = min(max(int(CHECKED * share / check), 1), CHECKS)
-        checks = (max(1, round(share / (n * one + check))) for n in itertools.count(1))
-        every, made = next((n, k) for n, k in enumerate(checks, 1) if k <= most)
-        epochs.append(every * made)
-    return epochs, every
+        if len(stages) == 1:
+            steps = min(max(round((share - made * check) / (epochs[0] * step)), 1), full)
+    return epochs, every, steps
 
 
 # --- a task ---------------------------------------------------------------------------------------------------------
@@ -258,9 +266,11 @@ def task(job: Job) -> None:
     speeds = json.loads(Path(job["speed"]).read_text())["stages"]
     cells = CellStore(experiment.data)
     val = int((build_split(experiment, cells).assign(cells.obs) == "val").sum())
-    epochs, every = plan(speeds, experiment.train.batch_size, len(shared["train"]), val, job["seconds"])
+    epochs, every, steps = plan(speeds, experiment.train.batch_size, len(shared["train"]), val, job["seconds"])
     names = EPOCHS.get(experiment.method.name, ("epochs",))
     settings = [f"method.{name}={n}" for name, n in zip(names, epochs, strict=False)]
+    if len(epochs) == len(names) == 1:
+        settings.append(f"train.steps_per_epoch={steps}")
     experiment = experiment_of(job, *settings, f"train.validate_every={every}")
     shutil.rmtree(folder / "run", ignore_errors=True)
     began = clock()
@@ -274,6 +284,7 @@ def task(job: Job) -> None:
         **CODE,
         "precision": "bf16" if "bf16" in trainer.fabric._precision.precision else "float32",
         "epochs": epochs[: len(names)] or [1],
+        "steps_per_epoch": trainer.feeds["train"].steps,
         "train_cells": len(trainer.feeds["train"]),
         "load_seconds": loaded - began,
         "train_seconds": trained - loaded,

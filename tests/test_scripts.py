@@ -238,18 +238,22 @@ def test_a_task_takes_its_time_with_its_validations(bench, cells_per_s, val_cell
 
     train, val, seconds = 1000, 300, 540.0
     stage = {"cells_per_s": cells_per_s, "val_cells_per_s": val_cells_per_s, "monitored": True}
-    (epochs,), every = methods_job.plan([stage], 10, train, val, seconds)
+    (epochs,), every, steps = methods_job.plan([stage], 10, train, val, seconds)
     checks = epochs // every
-    one, check = train / cells_per_s, val / val_cells_per_s
+    step, check = 10 / cells_per_s, val / val_cells_per_s
     assert epochs == every * checks
     assert 1 <= checks <= methods_job.CHECKS
     assert checks == 1 or checks * check < 1.1 * methods_job.CHECKED * seconds
-    rounds = every * one + check  # it can only be so exact
-    assert abs(epochs * one + checks * check - seconds) <= 0.5 * rounds + 1e-9 or epochs == 1
-    unwatched = methods_job.plan(
-        [{**stage, "monitored": False, "val_cells_per_s": float("inf")}], 10, train, val, seconds
+    assert 1 <= steps <= train // 10
+    assert abs(epochs * steps * step + checks * check - seconds) <= 0.5 * epochs * step + 1e-9  # a step an epoch
+    blind = {**stage, "monitored": False, "val_cells_per_s": float("inf")}
+    (epochs,), every, steps = methods_job.plan([blind], 10, train, val, seconds)
+    assert every > epochs
+    assert abs(epochs * steps * step - seconds) <= 0.5 * epochs * step + 1e-9
+    assert methods_job.plan([blind] * 2, 10, train, val, seconds)[::2] == (
+        [max(1, round(seconds / 2 * cells_per_s / train))] * 2,
+        train // 10,
     )
-    assert unwatched == ([max(1, round(seconds / one))], max(1, round(seconds / one)) + 1)
 
 
 @pytest.mark.parametrize("dataset", ["simulated", "bbbc013", "imc_spleen"])

@@ -112,6 +112,9 @@ class TrainConfig:
     gradient_clip: Weight = 0.0  # greatest norm of a player's gradient; 0: none
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 where the hardware has it
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    # None: an epoch is every cell once; else it ends after so many steps, so that of very many cells each epoch is
+    # another random part, and validations and rates follow steps
+    steps_per_epoch: Count | None = None
     residency: Literal["auto", "device", "memory", "stream"] = "auto"  # where the crops live while training
     validate_every: Count = 1  # epochs
     patience: Count = 15  # validations without improvement before a stage ends early

@@ -60,6 +60,8 @@ class Feed:
     parts
         Parts that a rank cuts its share of a batch into. What a part holds depends on the number of parts over all
         ranks, not on which rank draws it.
+    most_steps
+        After which an epoch ends, whatever cells are left; None: no limit.
     whole
         Whether an epoch ends with a smaller batch of the cells that are left, of which a part may be empty. Otherwise
         they wait for the next epoch's shuffle.
@@ -78,6 +80,7 @@ class Feed:
     balance: Literal["cells", "panels"] = "cells"
     stained: NDArray[np.bool_] | None = None
     parts: int = 1
+    most_steps: int | None = None
     whole: bool = False
 
     def __post_init__(self) -> None:
@@ -96,7 +99,8 @@ class Feed:
     def steps(self) -> int:
         """Steps an epoch, at least one."""
         full, left = divmod(len(self.cells), self.batch_size)
-        return max(1, full + (self.whole and left > 0))
+        every = max(1, full + (self.whole and left > 0))
+        return min(every, self.most_steps or every)
 
     def epoch(self, epoch: int, start: int = 0, augment: Augment | None = None) -> Iterator[Batch]:
         """Yield this rank's parts of the batches of an epoch, one after the other, from step `start` on."""

@@ -29,7 +29,7 @@ from imgshared.training.folder import begin_run, best_path, last_path, samples_p
 from imgshared.training.interrupt import Interrupt
 from imgshared.training.log import RunLog
 from imgshared.training.meter import MEASURE, Meter
-from imgshared.training.notes import Notes, about_cells, refuse_ignored
+from imgshared.training.notes import Notes, about_cells, refuse_ignored, refuse_other_epochs
 from imgshared.training.position import Position
 from imgshared.training.statistics import BatchStatistics
 from imgshared.training.watch import Watch, collapsed, find_cells
@@ -95,12 +95,7 @@ class Trainer:
         self._stained = torch.from_numpy(measured[cells["train"]])
         method.prepare(self._stained, mix("prepare", experiment.seed))
         refuse_ignored(self.config, method.stages)
-        if method.tables and self.config.balance == "panels":
-            raise InputError("train.balance=panels may draw a cell twice at once, which free latents cannot: use cells")
-        if any(stage.whole for stage in method.stages) and self.config.balance == "panels":
-            raise InputError(
-                "train.balance=panels leaves out cells and repeats others, and here each counts once: use cells"
-            )
+        refuse_other_epochs(self.config, method)
         self._refuse_empty_parts(len(cells["train"]))
         begin_run(experiment, run, resume, self.fabric)  # after all that may refuse the configuration
         if self.fabric.is_global_zero:
@@ -382,7 +377,7 @@ class Trainer:
         return Feed(
             store, cells, channels, self.contract.normaliser, fabric.device, residency, self.config.batch_size,
             self.experiment.seed, fabric.global_rank, fabric.world_size, self.config.balance, stained,
-            self.config.accumulate,
+            self.config.accumulate, self.config.steps_per_epoch,
         )  # fmt: skip
 
 

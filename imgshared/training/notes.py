@@ -52,6 +52,28 @@ def refuse_ignored(config: TrainConfig, stages: Sequence[Stage]) -> None:
                 raise InputError(f"train.{name} has no effect here, for {why}: leave it out, or set it to {default}")
 
 
+def refuse_other_epochs(config: TrainConfig, method: Method) -> None:
+    """Refuse epochs that are not every cell once, where a method needs that.
+
+    Raises
+    ------
+    InputError
+        Names the setting, why it cannot be and what to do.
+    """
+    if method.tables and config.balance == "panels":
+        raise InputError("train.balance=panels may draw a cell twice at once, which free latents cannot: use cells")
+    each = method.tables or any(stage.whole for stage in method.stages)
+    if each and config.balance == "panels":
+        raise InputError(
+            "train.balance=panels leaves out cells and repeats others, and here each counts once: use cells"
+        )
+    if each and config.steps_per_epoch:
+        raise InputError(
+            f"train.steps_per_epoch={config.steps_per_epoch} leaves cells out of an epoch, and here each counts once: "
+            "leave it out"
+        )
+
+
 class Notes:
     """Says each trouble once a run, however its numbers change.
 

@@ -115,6 +115,14 @@ def test_an_epoch_visits_every_cell_at_most_once_and_all_but_the_rest(toy):
     assert len(next(feed(toy, batch_size=1000).epoch(0)).index) == 70
 
 
+def test_a_shorter_epoch_is_the_beginning_of_a_whole_one(toy):
+    short, whole = (list(feed(toy, most_steps=most).epoch(1)) for most in (3, None))
+    assert_equal(short, whole[:3])
+    assert feed(toy, most_steps=3).steps == 3
+    assert feed(toy, most_steps=9).steps == 4
+    assert feed(toy, most_steps=9, whole=True).steps == 5
+
+
 @pytest.mark.parametrize("residency", ["device", "memory", "stream"])
 @pytest.mark.parametrize(("size", "steps"), [(16, 5), (14, 5), (69, 2), (1000, 1)])
 def test_a_whole_epoch_shows_every_cell_once_on_all_ranks_together(toy, residency, size, steps):

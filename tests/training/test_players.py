@@ -317,6 +317,31 @@ def test_free_latents_and_balanced_panels_exclude_each_other(toy_path: Path, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_rates_and_validations_follow_shorter_epochs(
+    toy_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, out = Seen(), tmp_path / "run"
+    seen.spy(monkeypatch)
+    run(experiment(toy_path, "train.steps_per_epoch=2"), out)
+    assert len(seen.weights) == 2 * EPOCHS < STEPS * EPOCHS
+    rates = [rate["generator"] for rate in seen.rates]
+    assert rates[:4] == [0.01] * 4
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] <= 0.0025
+    assert [row["step"] for row in read_metrics(out) if row["split"] == "val"] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("method", [("apollo", "method.channels=[8,96]"), ("linear",)])
+def test_short_epochs_are_refused_where_each_cell_counts_once(
+    method: tuple[str, ...], toy_path: Path, tmp_path: Path
+) -> None:
+    name, *settings = method
+    words = [f"data={toy_path}", f"method.name={name}", "train.steps_per_epoch=2", "split.test=[g0]", *settings]
+    with pytest.raises(InputError, match=r"train\.steps_per_epoch=2 leaves cells out of an epoch"):
+        run(load(Experiment, None, words), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_unpaired_cells_meet_in_every_batch_and_the_end_is_the_best(
     unpaired: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
