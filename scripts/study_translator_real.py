@@ -54,9 +54,10 @@ from study_imc_spleen import REGIONS, prepared
 
 import imgshared
 from imgshared import metrics as scores
-from imgshared.config import Experiment, dump, load
+from imgshared.config import Experiment, dump, load, validate
 from imgshared.data.store import CellStore
 from imgshared.prediction import Run, predict_cells, predict_image
+from imgshared.types import InputError
 
 HELD_OUT = [f"{row}{column:02d}" for row in "BF" for column in range(1, 13)]
 UNPAIRED = {"translator_unpaired": 10, "cut": 4, "cyclegan": 3}  # epochs that take about the same time on a CPU
@@ -298,9 +299,20 @@ def _resolved(region: str, seed: int) -> dict[str, Any]:
 
 
 def _kept(path: Path) -> list[dict[str, Any]]:
-    """Read the regions of a record that were made with the settings of now."""
+    """Read the regions of a record that were made with the settings of now, and say which were not."""
     said = json.loads(path.read_text()).get("regions", []) if path.exists() else []
-    return [one for one in said if one["settings"] == _resolved(one["region"], one["seed"])]
+    kept = [one for one in said if _same(one["settings"], _resolved(one["region"], one["seed"]), path)]
+    if left := [f"{one['region']} (seed {one['seed']})" for one in said if one not in kept]:
+        print(f"{path}: {', '.join(left)} made with other settings than now, so left out of the record")
+    return kept
+
+
+def _same(said: dict[str, Any], now: dict[str, Any], path: Path) -> bool:
+    """Whether settings agree; one that came into being since has its default in those of a record."""
+    try:
+        return {m: yaml.safe_load(dump(validate(Experiment, tree, str(path)))) for m, tree in said.items()} == now
+    except InputError:  # of a setting that is no more
+        return False
 
 
 Region = tuple[NDArray[np.float64], NDArray[np.float64]]

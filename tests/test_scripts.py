@@ -339,6 +339,23 @@ def test_what_the_well_alone_tells_is_left_when_cells_of_a_well_are_shuffled(mon
     assert abs(rows["shuffled in its well"]["r"]) < 0.1
 
 
+def test_regions_of_a_record_stay_while_their_settings_are_those_of_now(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import study_translator_real as study
+
+    path = tmp_path / "translator_imc_spleen.json"
+    shutil.copy(SCRIPTS.parent / "benchmarks" / path.name, path)
+    record = json.loads(path.read_text())
+    assert [one["region"] for one in study._kept(path)] == list(study.REGIONS)
+    older, other, unknown, newest = record["regions"]
+    del older["settings"]["translator"]["train"]["accumulate"]  # as before there was such a setting
+    other["settings"]["regression"]["method"]["epochs"] = 9
+    unknown["settings"]["translator"]["method"]["gone"] = 1
+    path.write_text(json.dumps(record))
+    assert [one["region"] for one in study._kept(path)] == [older["region"], newest["region"]]
+    assert "ROI004 (seed 0), ROI008 (seed 0) made with other settings" in capsys.readouterr().out
+
+
 def test_a_record_says_what_it_ran_on(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import common
