@@ -15,6 +15,7 @@ from imgshared.data.store import CellStore
 from imgshared.types import InputError
 
 FIT_CELLS = 2000  # cells a marker from which the percentiles are taken
+BLOCK = 256  # crops read at a time
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def fit_normaliser(
 ) -> Normaliser:
     """Fit on the pixels of the given (training) cells; at most 2000 cells a marker are read.
 
+    They are drawn once for all markers, so that a marker's bounds do not depend on which others there are.
+
     Parameters
     ----------
     cells, channels
@@ -109,23 +112,47 @@ def fit_normaliser(
     """
     if low >= high:
         raise InputError(f"normalise.low = {low:g} must be below normalise.high = {high:g}: both are percentiles")
-    rng = np.random.default_rng(seed)
-    bounds = []
     measured = store.measured[np.ix_(cells, np.asarray(channels))] if measured is None else measured
     for channel, known in zip(channels, measured.T, strict=True):
-        marker = store.panel.markers[channel]
-        stained, advice = cells[known], "leave it out (markers=...) or change the split"
-        if marker == store.panel.chromatin:
-            advice = "it is chromatin, which every panel keeps: change the split, or prepare with another chromatin=..."
-        if not len(stained):
-            raise InputError(f"marker {marker!r} is measured in no training cell: {advice}")
-        chosen = np.sort(rng.choice(stained, min(len(stained), FIT_CELLS), replace=False))
-        raw = torch.from_numpy(store.images(chosen)[:, channel].astype(np.float32))
+        if not known.any():
+            raise _unusable(store, channel, "measured in no training cell")
+    order = np.random.default_rng(seed).permutation(len(cells))
+    chosen = np.zeros_like(measured)
+    for k, known in enumerate(measured.T):
+        chosen[order[known[order]][:FIT_CELLS], k] = True
+    bounds = []
+    for channel, pixels in zip(channels, _pixels(store, cells, channels, chosen), strict=True):
+        raw = torch.from_numpy(pixels.astype(np.float32))
         x = Normaliser(transform, cofactor, (0.0,), (1.0,)).forward(raw[:, None]).numpy()
         bottom, top = np.percentile(x, [low, high])
         if not top > bottom:
             top = x.max()  # sparse counts: the percentile itself may be background
         if not top > bottom:
-            raise InputError(f"marker {marker!r} is constant over the training cells: {advice}")
+            raise _unusable(store, channel, "constant over the training cells")
         bounds.append((float(bottom), float(top)))
     return Normaliser(transform, cofactor, tuple(b for b, _ in bounds), tuple(t for _, t in bounds))
+
+
+def _pixels(
+    store: CellStore, cells: NDArray[np.integer[Any]], channels: Sequence[int], chosen: NDArray[np.bool_]
+) -> list[NDArray[Any]]:
+    """Crops of each channel, (n, Y, X), of the cells that are `chosen` (cells, channels) for it.
+
+    A crop lies in the store with all its channels, so each cell is read once for all of them.
+    """
+    found: list[list[NDArray[Any]]] = [[] for _ in channels]
+    rows = np.flatnonzero(chosen.any(1))
+    rows = rows[np.argsort(cells[rows], kind="stable")]
+    for start in range(0, len(rows), BLOCK):
+        block = rows[start : start + BLOCK]
+        images = store.images(cells[block])
+        for k, channel in enumerate(channels):
+            found[k].append(images[chosen[block, k], channel])
+    return [np.concatenate(parts) for parts in found]
+
+
+def _unusable(store: CellStore, channel: int, how: str) -> InputError:
+    marker, advice = store.panel.markers[channel], "leave it out (markers=...) or change the split"
+    if marker == store.panel.chromatin:
+        advice = "it is chromatin, which every panel keeps: change the split, or prepare with another chromatin=..."
+    return InputError(f"marker {marker!r} is {how}: {advice}")

@@ -23,7 +23,7 @@ from imgshared.types import InputError
 
 SHOWN = 6  # group names in a message
 COMPARED = 16  # cells whose pixels are compared with those of the training cells of their names
-CHECKED = 2  # channels whose normaliser is fitted again: each reads thousands of crops
+CHECKED = 2  # channels whose normaliser is fitted again: each ranks the pixels of thousands of crops
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,20 @@ def test_bounds_are_percentiles_of_the_given_cells_where_measured(toy):
         np.testing.assert_allclose((normaliser.low[i], normaliser.high[i]), np.percentile(pixels, [1, 99]), rtol=1e-6)
 
 
+def test_bounds_of_a_marker_depend_on_no_other_marker_and_a_cell_is_read_once(toy, monkeypatch):
+    monkeypatch.setattr("imgshared.data.normalise.FIT_CELLS", 9)
+    monkeypatch.setattr("imgshared.data.normalise.BLOCK", 4)
+    cells = np.random.default_rng(3).permutation(80)
+    read, images = [], CellStore.images
+    monkeypatch.setattr(CellStore, "images", lambda store, rows: read.extend(rows) or images(store, rows))
+    whole = fit_normaliser(toy, cells, [0, 1, 2])
+    assert len(set(read)) == len(read)
+    assert all(toy.measured[read, c].sum() >= 9 for c in range(3))
+    assert len(read) < 27
+    assert fit_normaliser(toy, cells, [2, 0]) == whole.select([2, 0])
+    assert fit_normaliser(toy, cells, [2, 0], seed=1) != whole.select([2, 0])
+
+
 def test_cells_that_do_not_train_change_nothing(tmp_path, toy, arrays, write_store):
     images, measured, masks, obs = arrays
     images[40:] = images[40:] * 7 + 3
