@@ -89,7 +89,7 @@ class Edition:
 EDITIONS = {
     "cpu": Edition(
         crop_px=64,
-        seconds={"simulated": 180, "bbbc013": 60, "imc_spleen": 45},
+        seconds={"simulated": 80, "bbbc013": 60, "imc_spleen": 45},
         seeds={"simulated": 3, "bbbc013": 2, "imc_spleen": 1},
         cells_a_group={"bbbc013": 64, "imc_spleen": 600},
         test_cells={"simulated": 1000, "bbbc013": 1000, "imc_spleen": 600},

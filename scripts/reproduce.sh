@@ -15,9 +15,12 @@ PYTHON="$python" ./reproduce_evaluation.sh "$data" "$out"
 "$python" study_simulated.py "$out/simulated" --record "$out/results/simulated.json"
 "$python" study_translator_simulated.py "$out/translator_simulated" --record "$out/results"
 "$python" study_translator_real.py "$data" "$out/translator_real" --record "$out/results"
-"$python" benchmark_methods.py "$data" "$out/methods_simulated" --datasets simulated --workers 1 --seconds 540 \
-  --record "$out/results"
-"$python" benchmark_methods.py "$data" "$out/methods" --datasets bbbc013 imc_spleen --record "$out/results"
+while read -r dataset seconds workers; do
+  "$python" benchmark_methods.py "$data" "$out/methods_$dataset" --datasets "$dataset" --seconds "$seconds" \
+    --workers "$workers" --record "$out/results" < /dev/null
+done <<< "simulated 540 1
+bbbc013 180 2
+imc_spleen 135 2"
 "$python" benchmark_training.py --parts speed methods terms compiled --record "$out/results"
 "$python" benchmark_scale.py --record "$out/results/scale.json"
 "$python" study_kill.py "$out/kill" --record "$out/results/kill.json"
