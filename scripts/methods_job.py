@@ -32,7 +32,7 @@ from rich.console import Console
 import imgshared
 from imgshared import metrics
 from imgshared.build import build_measured, build_normaliser, build_panel, build_split
-from imgshared.config import Experiment, load
+from imgshared.config import Experiment, TrainConfig, load
 from imgshared.data.features import stain_features, typical_radius
 from imgshared.data.feed import Feed
 from imgshared.data.normalise import Normaliser
@@ -255,6 +255,22 @@ def plan(
     return epochs, every, steps
 
 
+def budget(
+    experiment: Experiment, stages: list[dict[str, Any]], train: int, val: int, seconds: float
+) -> tuple[list[int], list[str]]:
+    """Return the epochs of each stage, and the settings, of a training that takes so many seconds."""
+    epochs, every, steps = plan(stages, experiment.train.batch_size, train, val, seconds)
+    names = EPOCHS.get(experiment.method.name, ("epochs",))
+    settings = [f"method.{name}={n}" for name, n in zip(names, epochs, strict=False)]
+    settings.append(f"train.validate_every={every}")
+    if len(epochs) == len(names) == 1:
+        settings.append(f"train.steps_per_epoch={steps}")
+    if all(n == 1 for n, stage in zip(epochs, stages, strict=True) if stage["monitored"]):
+        # A held-out loss could not end it, so that another patience, of the YAML, is refused.
+        settings.append(f"train.patience={TrainConfig().patience}")
+    return epochs[: len(names)] or [1], settings
+
+
 # --- a task ---------------------------------------------------------------------------------------------------------
 
 
@@ -266,12 +282,8 @@ def task(job: Job) -> None:
     speeds = json.loads(Path(job["speed"]).read_text())["stages"]
     cells = CellStore(experiment.data)
     val = int((build_split(experiment, cells).assign(cells.obs) == "val").sum())
-    epochs, every, steps = plan(speeds, experiment.train.batch_size, len(shared["train"]), val, job["seconds"])
-    names = EPOCHS.get(experiment.method.name, ("epochs",))
-    settings = [f"method.{name}={n}" for name, n in zip(names, epochs, strict=False)]
-    if len(epochs) == len(names) == 1:
-        settings.append(f"train.steps_per_epoch={steps}")
-    experiment = experiment_of(job, *settings, f"train.validate_every={every}")
+    epochs, settings = budget(experiment, speeds, len(shared["train"]), val, job["seconds"])
+    experiment = experiment_of(job, *settings)
     shutil.rmtree(folder / "run", ignore_errors=True)
     began = clock()
     trainer = Trainer(experiment, folder / "run", False, Console())
@@ -283,7 +295,7 @@ def task(job: Job) -> None:
         "seed": experiment.seed,
         **CODE,
         "precision": "bf16" if "bf16" in trainer.fabric._precision.precision else "float32",
-        "epochs": epochs[: len(names)] or [1],
+        "epochs": epochs,
         "steps_per_epoch": trainer.feeds["train"].steps,
         "train_cells": len(trainer.feeds["train"]),
         "load_seconds": loaded - began,

@@ -20,6 +20,7 @@ import torch
 from imgshared.build import build_method
 from imgshared.config import Experiment, dump, load
 from imgshared.data.panel import Panel
+from imgshared.training.notes import refuse_ignored
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 SMALL = {"linear": (), "regression": ("method.channels=[8,16]", "train.batch_size=16", "train.accelerator=cpu")}
@@ -104,16 +105,24 @@ def test_the_benchmark_trains_scores_and_goes_on_with_its_own_results_alone(benc
 
 
 @pytest.mark.parametrize("edition", ["cpu", "full"])
-def test_every_method_of_an_edition_can_be_built(monkeypatch, edition):
+def test_every_method_of_an_edition_can_be_built_and_trained_however_briefly(monkeypatch, edition):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import benchmark_methods as script
+    import methods_job
 
     chosen = script.EDITIONS[edition]
     assert set(chosen.overrides) <= set(script.METHODS)
     for method in script.METHODS:
         path = SCRIPTS.parent / "configs" / f"{method}.yaml"
-        experiment = load(Experiment, path, ["data=cells.zarr", *chosen.overrides.get(method, ())])
-        assert build_method(experiment.method, Panel(("DNA", "P1", "P2"), "DNA"), chosen.crop_px)
+        overrides = ["data=cells.zarr", *chosen.overrides.get(method, ())]
+        experiment, panel = load(Experiment, path, overrides), Panel(("DNA", "P1", "P2"), "DNA")
+        stages = build_method(experiment.method, panel, chosen.crop_px).stages
+        speeds = [{"cells_per_s": 100.0, "val_cells_per_s": 10.0, "monitored": stage.monitored} for stage in stages]
+        for seconds in (1.0, 1000.0):
+            epochs, settings = methods_job.budget(experiment, speeds, 1000, 300, seconds)
+            short = load(Experiment, path, [*overrides, *settings])
+            refuse_ignored(short.train, build_method(short.method, panel, chosen.crop_px).stages)
+            assert (max(epochs) == 1) == (seconds == 1.0 or method == "linear")
 
 
 def test_a_failed_task_is_told_and_nothing_is_recorded(bench, tmp_path, monkeypatch, capsys):
