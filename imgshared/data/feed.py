@@ -134,9 +134,10 @@ class Feed:
         places = torch.cat([(torch.arange(count) + 0.5) / count for count in counts])
         return torch.cat(turns)[places.argsort(stable=True)][:n]
 
-    def once(self, batch_size: int) -> Iterator[Batch]:
-        """Yield every cell once, in order, in this rank's share of the batches."""
-        parts = torch.arange(len(self.cells)).split(batch_size)[self.rank :: self.world]
+    def once(self, batch_size: int, at_most: int | None = None) -> Iterator[Batch]:
+        """Yield every cell once, in order, in this rank's share of the batches; or `at_most` so many, evenly spread."""
+        step = max(1, -(-len(self.cells) // at_most)) if at_most else 1
+        parts = torch.arange(0, len(self.cells), step).split(batch_size)[self.rank :: self.world]
         yield from self._batches((rows, None, 0) for rows in parts)
 
     def _batches(self, work: Iterator[tuple[Tensor, Geometry | None, int]]) -> Iterator[Batch]:

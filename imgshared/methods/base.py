@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -98,6 +98,8 @@ class Method(nn.Module, ABC):
         The most proteins of a cell that its training shows it at once; None: as many as a cell has.
     scaled
         Whether they have a scale, the expected deviation of each pixel.
+    settles
+        Whether there is something that it fits on held-out cells once its weights stand, see `settle`.
     world
         How many processes share each batch; the loop sets it.
     progress
@@ -113,6 +115,7 @@ class Method(nn.Module, ABC):
     sharp: bool = False
     most_proteins: int | None = None
     scaled: bool = False
+    settles: bool = False
     world: int = 1
     progress: float = 0.0
 
@@ -162,6 +165,9 @@ class Method(nn.Module, ABC):
 
         Its `count` is 0 where the batch holds nothing that could be judged.
         """
+
+    def settle(self, batches: Iterable[Batch], total: Callable[[Tensor], Tensor]) -> None:
+        """Fit on held-out cells what is fitted once the weights stand; `total` sums a tensor over the processes."""
 
     @abstractmethod
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ class MapMethod(LatentMethod):
     ----------
     paired
         Whether some training cell shows chromatin and another stain.
+    stacking
+        (C,) in [0, 1]: how much of what further stains add to a prediction from chromatin alone is heeded, by target.
+        1 until `settle` has fitted it.
 
     Raises
     ------
@@ -36,7 +39,7 @@ class MapMethod(LatentMethod):
         For an unknown backbone.
     """
 
-    any_size = True
+    any_size, settles = True, True
 
     def __init__(self, config: TranslatorConfig, panel: Panel) -> None:
         super().__init__()
@@ -48,6 +51,8 @@ class MapMethod(LatentMethod):
             product=config.fusion == "product", outputs=1 if config.head == "mean" else 2, marker_dim=config.marker_dim,
             sharp=self.sharp,
         )  # fmt: skip
+        self.stacking: Tensor
+        self.register_buffer("stacking", torch.ones(len(panel)))
 
     def prepare(self, measured: Tensor, seed: int) -> None:
         """See whether any cell shows chromatin and another stain."""
@@ -97,12 +102,22 @@ class MapMethod(LatentMethod):
         return Latents(self.network.pool(fused.shared, size), each, own, measured)
 
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
-        """Draw each target from the fused shared maps of the measured stains; images of any size."""
-        trunk, fused, _ = self._fused(images, measured)
+        """Draw each target from the fused shared maps of the measured stains; images of any size.
+
+        Of cells with further stains beside chromatin, what these add to the mean is weighted by `stacking`.
+        """
+        size = size_of(images)
+        trunk, fused, encoded = self._fused(images, measured)
+        several = measured[:, self.panel.chromatin_index] & (measured.sum(1) > 1)
+        rows, alone = several.nonzero()[:, 0], self._of_chromatin(encoded, several)
         asked = [torch.full((len(images),), target, device=images.device) for target in targets]
         means, scales = list[Tensor](), list[Tensor]()
         for channels in asked:
-            mean, log_scale = self.network.decode(trunk, channels, size_of(images))
+            mean, log_scale = self.network.decode(trunk, channels, size)
+            heeded = torch.where(measured.gather(1, channels[:, None])[:, 0], 1.0, self.stacking[channels])[rows]
+            if (heeded < 1).any():
+                first, _ = self.network.decode(alone, channels[rows], size)
+                mean = mean.index_copy(0, rows, torch.lerp(first, mean[rows], heeded[:, None, None, None]))
             means.append(mean)
             if log_scale is not None:
                 std = 2**0.5 if self.config.head == "laplace" else 1.0  # of a Laplace distribution of scale 1
@@ -124,6 +139,36 @@ class MapMethod(LatentMethod):
         out[cells, channels] = mean[:, 0]
         return out
 
+    def settle(self, batches: Iterable[Batch], total: Callable[[Tensor], Tensor]) -> None:
+        """Fit `stacking`: where further stains tell nothing of a target, what was learnt from them is noise.
+
+        Of each target's two predictions, from chromatin alone and from all other stains of the cell, the mixture of
+        least squared error (stacked regressions, Breiman 1996, here of two that sum to one).
+        """
+        sums = self.stacking.new_zeros(2, len(self.panel))
+        for batch in batches:
+            several = batch.measured[:, self.panel.chromatin_index] & (batch.measured.sum(1) > 2)
+            if several.any():
+                sums += self._further(batch.images[several], batch.measured[several])
+        explained, added = total(sums)
+        self.stacking.copy_(torch.where(added > 0, explained / added, 1.0).clamp(0, 1))
+
+    def _further(self, images: Tensor, measured: Tensor) -> Tensor:
+        """Sums over pixels of what further stains add to each target, (2, C): times what was missed, and squared."""
+        size, sums = size_of(images), self.stacking.new_zeros(2, len(self.panel))
+        cells, channels, maps = self._encoded(images, measured)
+        alone = self._of_chromatin((cells, channels, maps), measured.new_ones(len(images)))
+        for target in (c for c in range(len(self.panel)) if c != self.panel.chromatin_index):
+            rows, others = measured[:, target].nonzero()[:, 0], channels != target
+            if len(rows):
+                fused = self.network.fuse(maps.told(others), channels[others], cells[others], len(images))
+                asked = channels.new_full((len(rows),), target)
+                trunks = (alone, self.network.shared_path(fused.shared))
+                first, whole = (self.network.decode(trunk[rows], asked, size)[0] for trunk in trunks)
+                added, missed = whole - first, images[rows, target, None] - first
+                sums[:, target] = torch.stack([(added * missed).sum(), added.square().sum()])
+        return sums
+
     def _encoded(self, images: Tensor, measured: Tensor) -> tuple[Tensor, Tensor, Maps]:
         cells, channels = measured.nonzero(as_tuple=True)
         return cells, channels, self.network.encode(images[cells, channels, None], channels)
@@ -132,6 +177,13 @@ class MapMethod(LatentMethod):
         """What each stain tells by itself: its maps, or as an expert their product with the prior."""
         rows = torch.arange(len(channels), device=channels.device)
         return self.network.fuse(maps, channels, rows, len(rows)) if maps.log_std else maps
+
+    def _of_chromatin(self, encoded: tuple[Tensor, Tensor, Maps], which: Tensor) -> Tensor:
+        """What chromatin alone tells of the cells that `which` (B,) marks, all of which show it: their trunk."""
+        cells, channels, maps = encoded
+        rows = which[cells] & (channels == self.panel.chromatin_index)
+        trunk: Tensor = self.network.shared_path(self._alone(maps.told(rows), channels[rows]).shared)
+        return trunk
 
     def _fused(self, images: Tensor, measured: Tensor) -> tuple[Tensor, Maps, tuple[Tensor, Tensor, Maps]]:
         cells, channels, maps = self._encoded(images, measured)

@@ -193,7 +193,7 @@ class Translator(MapMethod):
         maps = self.network.encode(batch.images[stains.cells[encoded], stains.channels[encoded], None],
                                    stains.channels[encoded])  # fmt: skip
         seen = visible[encoded]
-        known = Maps([h[seen] for h in maps.shared], (), [h[seen] for h in maps.log_std]) if all_of_them else maps
+        known = maps.told(seen) if all_of_them else maps
         of = encoded[seen]
         fused = self.network.fuse(known, stains.channels[of], stains.cells[of], len(batch.index))
         return Step(batch, stains, encoded, maps, fused, self.network.shared_path(self._noisy(fused)))
@@ -242,9 +242,8 @@ class Translator(MapMethod):
 
     def _itself(self, step: Step, rows: Tensor) -> Tensor:
         """Draw the encoded stains `rows` from their own shared maps alone."""
-        maps = Maps([h[rows] for h in step.maps.shared], log_std=[h[rows] for h in step.maps.log_std])
         channels = step.stains.channels[step.encoded[rows]]
-        trunk = self.network.shared_path(self._alone(maps, channels).shared)
+        trunk = self.network.shared_path(self._alone(step.maps.told(rows), channels).shared)
         return self.network.decode(trunk, channels, size_of(step.batch.images))[0]
 
     def _agreement(self, step: Step) -> Tensor:

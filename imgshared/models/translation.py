@@ -47,6 +47,10 @@ class Maps:
     specific: Sequence[Tensor] = ()
     log_std: Sequence[Tensor] = ()
 
+    def told(self, rows: Tensor) -> Maps:
+        """What some stains tell of others: their shared part."""
+        return Maps([h[rows] for h in self.shared], log_std=[h[rows] for h in self.log_std])
+
 
 class TranslationNetwork(nn.Module):
     """Encoders, fusion and decoder of any number of markers.

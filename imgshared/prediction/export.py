@@ -42,6 +42,8 @@ class Drawing(nn.Module):
         super().__init__()
         self.method, self.sharp = run.method, sharp
         self.sources, self.targets = tuple(sources), tuple(targets)
+        # numbers, for a graph makes no choices by tensors
+        self.heeded = self.method.stacking[list(targets)].tolist() if isinstance(self.method, MapMethod) else []
         self.given, self.drawn = (run.normaliser.select(channels) for channels in (sources, targets))
 
     def forward(self, raw: Tensor) -> Tensor:
@@ -60,12 +62,17 @@ class Drawing(nn.Module):
         net, size = method.network, size_of(images)
         stains = [net.encode_as(images[:, k : k + 1], channel) for k, channel in enumerate(self.sources)]
         fused = net.fuse_stains(stains, self.sources)
-        trunk = net.shared_path(fused.shared)
+        trunk, alone, chromatin = net.shared_path(fused.shared), None, method.panel.chromatin_index
+        if len(stains) > 1 and chromatin in self.sources:
+            own = net.fuse_stains([stains[self.sources.index(chromatin)]], [chromatin])
+            alone = net.shared_path(own.shared)
         texture = net.texture_trunk(fused.shared) if self.sharp else None
         out = []
-        for target in self.targets:
+        for target, heeded in zip(self.targets, self.heeded, strict=True):
             channels = torch.full((images.shape[0],), target, device=images.device)
             mean, _ = net.decode(trunk, channels, size)
+            if alone is not None and heeded < 1:
+                mean = torch.lerp(net.decode(alone, channels, size)[0], mean, heeded)
             out.append(mean if texture is None else net.sharpen(mean, texture, channels))
         return torch.cat(out, 1)
 

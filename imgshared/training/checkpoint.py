@@ -22,7 +22,7 @@ from imgshared.data.split import Split
 from imgshared.data.store import CellStore
 from imgshared.types import InputError
 
-FORMAT = 3  # raised whenever an older checkpoint would be misread
+FORMAT = 4  # raised whenever an older checkpoint would be misread
 
 
 @dataclass(frozen=True)

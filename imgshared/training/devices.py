@@ -109,6 +109,13 @@ def average_gradients(parameters: Iterable[nn.Parameter], world: int) -> None:
         p.grad = mean.view_as(p) if some else None
 
 
+def add_ranks(values: Tensor, world: int) -> Tensor:
+    """Sum a tensor over ranks, in place."""
+    if world > 1:
+        dist.all_reduce(values)
+    return values
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """Concatenate a tensor's rows over ranks, whose counts may differ, in rank order."""
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]

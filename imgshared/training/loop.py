@@ -31,6 +31,7 @@ from imgshared.training.log import RunLog
 from imgshared.training.meter import MEASURE, Meter
 from imgshared.training.notes import Notes, about_cells, refuse_ignored, refuse_other_epochs
 from imgshared.training.position import Position
+from imgshared.training.settle import settle
 from imgshared.training.statistics import BatchStatistics
 from imgshared.training.watch import Watch, collapsed, find_cells
 from imgshared.types import Batch, InputError
@@ -132,10 +133,11 @@ class Trainer:
                     self._run_stage(stage)
             if not (stages[-1].monitored and best_path(self.run).exists()):
                 self._save(best=True)  # nothing to choose by: the end
+            self.fabric.barrier()  # no rank looks for `best` before it is written
+            settle(self.method, self.feeds["val"], self.config.batch_size, best_path(self.run), self.ema, self.fabric)
             self._save()
         finally:
             self.log.close()
-        self.fabric.barrier()  # no rank looks for `best` before it is written
         self.log.say(f"trained: {self.run}")
 
     def _run_stage(self, stage: Stage) -> None:

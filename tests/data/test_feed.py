@@ -152,6 +152,11 @@ def test_ranks_share_each_batch_without_overlap(toy):
     assert once.sort().values.equal(torch.arange(70))
 
 
+@pytest.mark.parametrize(("at_most", "step"), [(None, 1), (70, 1), (69, 2), (10, 7), (1, 70)])
+def test_some_cells_are_evenly_spread(toy, at_most, step):
+    assert torch.cat([b.index for b in feed(toy).once(16, at_most)]).equal(torch.arange(0, 70, step))
+
+
 THREE = np.ones((70, 2), bool)  # panels of 6, 14 and 50 cells
 THREE[:6, 0] = THREE[6:20, 1] = False
 

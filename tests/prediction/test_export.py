@@ -60,10 +60,17 @@ def exported(untrained, tmp_path_factory):
     return api.export(run, tmp_path_factory.mktemp("exported") / "model.onnx"), run
 
 
+def mixing(run):
+    """The run, heeding only a part of what further stains tell."""
+    if run.experiment.method.name == "translator":
+        run.method.stacking[:] = torch.tensor([1, 0.6, 0.3])
+    return run
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_onnx_predicts_as_the_run_does(untrained, image, tmp_path, name):
     config, wish = METHODS[name]
-    run = untrained(config)
+    run = mixing(untrained(config))
     opened = api.load_run(api.export(run, tmp_path / "m.onnx", **wish))
     want = predict_image(run, image, run.panel.markers, **wish)
     got = predict_image(opened, image, run.panel.markers)
@@ -74,7 +81,7 @@ def test_onnx_predicts_as_the_run_does(untrained, image, tmp_path, name):
 @pytest.mark.parametrize("name", ["two sources", "sharp", "regression", "regression, sources in another order"])
 def test_a_pytorch_program_predicts_as_the_run_does(untrained, image, tmp_path, name):
     config, wish = METHODS[name]
-    run = untrained(config)
+    run = mixing(untrained(config))
     about = {KEY: ""}
     program = torch.export.load(api.export(run, tmp_path / "m.pt2", **wish), extra_files=about)
     said = json.loads(about[KEY])
