@@ -166,8 +166,12 @@ class Method(nn.Module, ABC):
         Its `count` is 0 where the batch holds nothing that could be judged.
         """
 
-    def settle(self, batches: Iterable[Batch], total: Callable[[Tensor], Tensor]) -> None:
-        """Fit on held-out cells what is fitted once the weights stand; `total` sums a tensor over the processes."""
+    def settle(self, batches: Iterable[Batch], total: Callable[[Tensor], Tensor]) -> str:
+        """Fit on held-out cells what is fitted once the weights stand, and say what came of it.
+
+        `total` sums a tensor over the processes.
+        """
+        return ""
 
     @abstractmethod
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:

@@ -139,7 +139,7 @@ class MapMethod(LatentMethod):
         out[cells, channels] = mean[:, 0]
         return out
 
-    def settle(self, batches: Iterable[Batch], total: Callable[[Tensor], Tensor]) -> None:
+    def settle(self, batches: Iterable[Batch], total: Callable[[Tensor], Tensor]) -> str:
         """Fit `stacking`: where further stains tell nothing of a target, what was learnt from them is noise.
 
         Of each target's two predictions, from chromatin alone and from all other stains of the cell, the mixture of
@@ -152,6 +152,12 @@ class MapMethod(LatentMethod):
                 sums += self._further(batch.images[several], batch.measured[several])
         explained, added = total(sums)
         self.stacking.copy_(torch.where(added > 0, explained / added, 1.0).clamp(0, 1))
+        markers = self.panel.markers
+        each = [f"{markers[c]} {float(self.stacking[c]):.0%}" for c in (added > 0).nonzero()[:, 0].tolist()]
+        beside = (
+            f"of what further stains add to predictions from {markers[self.panel.chromatin_index]}, as much is heeded"
+        )
+        return f"{beside}: {', '.join(each)} (fitted on held-out cells)" if each else ""
 
     def _further(self, images: Tensor, measured: Tensor) -> Tensor:
         """Sums over pixels of what further stains add to each target, (2, C): times what was missed, and squared."""

@@ -118,14 +118,14 @@ class Trainer:
 
     def fit(self) -> None:
         """Run the remaining stages."""
-        train, val = self.feeds["train"], self.feeds["val"]
+        train, val, method = self.feeds["train"], self.feeds["val"], self.method
         self.log.say(
             f"[bold]{self.experiment.method.name}[/] on {len(train):,} cells ({len(val):,} held out), "
             f"{', '.join(self.contract.panel.markers)}; {self.fabric.device}, {self.fabric._precision.precision}, "
             f"crops in {'device memory' if train.residency == 'device' else train.residency}; writing {self.run}"
         )
-        self.notes.of_run(about_cells(self.method, self.contract.panel, self._stained, self._unstained))
-        stages = self.method.stages
+        self.notes.of_run(about_cells(method, self.contract.panel, self._stained, self._unstained))
+        stages = method.stages
         self.watch = self._watch()
         try:
             with self.interrupt.heard():
@@ -134,10 +134,12 @@ class Trainer:
             if not (stages[-1].monitored and best_path(self.run).exists()):
                 self._save(best=True)  # nothing to choose by: the end
             self.fabric.barrier()  # no rank looks for `best` before it is written
-            settle(self.method, self.feeds["val"], self.config.batch_size, best_path(self.run), self.ema, self.fabric)
+            said = settle(method, self.feeds["val"], self.config.batch_size, best_path(self.run), self.ema, self.fabric)
             self._save()
         finally:
             self.log.close()
+        if said:
+            self.log.say(said)
         self.log.say(f"trained: {self.run}")
 
     def _run_stage(self, stage: Stage) -> None:

@@ -19,7 +19,7 @@ CELLS = 1000  # held-out ones, at most
 
 
 @torch.no_grad()
-def settle(method: Method, feed: Feed, batch_size: int, best: Path, ema: Ema | None, fabric: Fabric) -> None:
+def settle(method: Method, feed: Feed, batch_size: int, best: Path, ema: Ema | None, fabric: Fabric) -> str:
     """Let a method fit what it fits (`Method.settle`) to the weights of the checkpoint `best`, and to the last ones.
 
     Parameters
@@ -32,25 +32,30 @@ def settle(method: Method, feed: Feed, batch_size: int, best: Path, ema: Ema | N
         Is written again; is not there where the weights are no numbers.
     ema
         The average of the last weights, which would predict.
+
+    Returns
+    -------
+    What the method says of `best`.
     """
     if not method.settles or not len(feed) or not best.exists():
-        return
+        return ""
     method.eval()
 
-    def fit() -> None:
+    def fit() -> str:
         with fabric.autocast():
-            method.settle(feed.once(batch_size, CELLS), lambda sums: add_ranks(sums, fabric.world_size))
+            return method.settle(feed.once(batch_size, CELLS), lambda sums: add_ranks(sums, fabric.world_size))
 
     last = _weights(method)
     tree, contract = load(best)
     method.load_state_dict(tree["model"])
-    fit()
+    said = fit()
     fabric.barrier()  # no rank reads `best` while it is written
     if fabric.is_global_zero:
         save(best, tree | {"model": _weights(method)}, contract)
     method.load_state_dict(last)
     with ema.in_place() if ema else nullcontext():
         fit()
+    return said
 
 
 def _weights(method: Method) -> dict[str, Tensor]:

@@ -64,6 +64,9 @@ def test_it_lies_between_nothing_and_all(make_translator: Make) -> None:
         alone, further = (drawn(method, batch, only(*given), target)[:, 0] for given in ((DNA,), (DNA, 2 - target)))
         batch.images[:, target] = alone + weight * (further - alone)
     assert settle(method, [batch]) == [0, 1, 1]
+    said = "of what further stains add to predictions from DNA, as much is heeded: P0 0%, P2 100%"
+    with torch.no_grad():
+        assert said in method.settle([batch], lambda sums: sums)
 
 
 def test_without_cells_that_could_tell_all_is_heeded(make_translator: Make) -> None:
@@ -71,6 +74,7 @@ def test_without_cells_that_could_tell_all_is_heeded(make_translator: Make) -> N
     method, batch = make_translator(measured=pairs)
     for batches in ([], [batch]):
         assert settle(method, batches) == [1, 1, 1]
+        assert not method.settle(batches, lambda sums: sums)
 
 
 @pytest.mark.parametrize("settings", FUSIONS)

@@ -62,8 +62,9 @@ def test_both_checkpoints_hold_what_fits_their_weights(toy_path: Path, tmp_path:
 def test_it_is_fitted_to_the_weights_that_would_predict(
     toy_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def told(method: Translator, *_: object) -> None:
+    def told(method: Translator, *_: object) -> str:
         method.stacking.fill_(method.network.head.last.weight.abs().mean())
+        return ""
 
     monkeypatch.setattr(Translator, "settle", told)
     out = run(toy_path, tmp_path / "run", "split.val=[g1]", "method.lr=0.05", "method.epochs=8")
