@@ -13,7 +13,8 @@ mean       The same without a sharp output, so that all terms judge the mean and
 ablation   The terms of `split`, each off in turn, every seed of --ablation-seeds.
 subsets    configs/translator.yaml but for its epochs and its sharp output, which is not looked at, trained once a seed
            and share of the cells that show chromatin alone: the error on a hidden stain from chromatin alone, from
-           chromatin and one other stain, from all others.
+           chromatin and one other stain, from all others; and from all others without the weights that were fitted on
+           the validation groups.
 
 Each part's result is translator_simulated_<part>.json. Seed 0 is left out: the settings were chosen on its cells. A
 finished run is not computed again, and one of other settings is refused.
@@ -54,7 +55,7 @@ TERMS = {
 ON_THE_MEAN = {**TERMS, "sharp": 0, "adversarial": 0.1, "patch_nce": 0.1, "cycle": 1.0}
 Rows = list[dict[str, Any]]
 HELD_OUT = ("D08", "D09", "D10")
-SHOWN = pd.Series({"chromatin": 1e3, "and one": 1e3, "and all": 1e3, "all / chromatin": 1.0})
+SHOWN = pd.Series({"chromatin": 1e3, "and one": 1e3, "and all": 1e3, "all, unweighted": 1e3, "all / chromatin": 1.0})
 
 
 def main() -> None:
@@ -214,6 +215,10 @@ def subsets(a: argparse.Namespace, chromatin_only: float, seed: int) -> Rows:
         given = [[run.panel.chromatin], *([run.panel.chromatin, m] for m in others), [run.panel.chromatin, *others]]
         errors = [_error(run, store, cells, marker, sources) for sources in given]
         row = {"chromatin": errors[0], "and one": float(np.mean(errors[1:-1])), "and all": errors[-1]}
+        stacking = run.method.stacking.clone()
+        run.method.stacking.fill_(1)
+        row["all, unweighted"] = _error(run, store, cells, marker, given[-1])
+        run.method.stacking.copy_(stacking)
         names = {**which, "hidden": marker, "others": ", ".join(others)}
         rows.append({**names, **row, "all / chromatin": errors[-1] / errors[0]})
     mean = {str(k): v for k, v in pd.DataFrame(rows).drop(columns=list(which)).mean(numeric_only=True).items()}
