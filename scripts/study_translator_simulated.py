@@ -40,6 +40,7 @@ from imgshared import losses
 from imgshared import metrics as scores
 from imgshared.config import Experiment, load
 from imgshared.data.store import CellStore
+from imgshared.methods.maps import MapMethod
 from imgshared.prediction import Run, predict_cells
 
 TERMS = {
@@ -199,7 +200,8 @@ def subsets(a: argparse.Namespace, chromatin_only: float, seed: int) -> Rows:
     """Return the error on each protein by the number of other stains that are given."""
     settings = (*MEAN, f"method.epochs={a.subset_epochs}", f"method.chromatin_only={chromatin_only}")
     run = trained(a, a.out / f"subsets_{chromatin_only}_{seed}", seed, *settings)
-    which = {"chromatin_only": chromatin_only, "seed": seed}
+    method, which = run.method, {"chromatin_only": chromatin_only, "seed": seed}
+    assert isinstance(method, MapMethod)
     store = CellStore(stored(a, seed))
     held_out = np.flatnonzero(store.obs["group"].isin(HELD_OUT))
     measured = store.measured[held_out]
@@ -215,10 +217,10 @@ def subsets(a: argparse.Namespace, chromatin_only: float, seed: int) -> Rows:
         given = [[run.panel.chromatin], *([run.panel.chromatin, m] for m in others), [run.panel.chromatin, *others]]
         errors = [_error(run, store, cells, marker, sources) for sources in given]
         row = {"chromatin": errors[0], "and one": float(np.mean(errors[1:-1])), "and all": errors[-1]}
-        stacking = run.method.stacking.clone()
-        run.method.stacking.fill_(1)
+        stacking = method.stacking.clone()
+        method.stacking.fill_(1)
         row["all, unweighted"] = _error(run, store, cells, marker, given[-1])
-        run.method.stacking.copy_(stacking)
+        method.stacking.copy_(stacking)
         names = {**which, "hidden": marker, "others": ", ".join(others)}
         rows.append({**names, **row, "all / chromatin": errors[-1] / errors[0]})
     mean = {str(k): v for k, v in pd.DataFrame(rows).drop(columns=list(which)).mean(numeric_only=True).items()}
