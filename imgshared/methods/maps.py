@@ -109,7 +109,8 @@ class MapMethod(LatentMethod):
         size = size_of(images)
         trunk, fused, encoded = self._fused(images, measured)
         several = measured[:, self.panel.chromatin_index] & (measured.sum(1) > 1)
-        rows, alone = several.nonzero()[:, 0], self._of_chromatin(encoded, several)
+        rows = several.nonzero()[:, 0]
+        alone = self._of_chromatin(encoded, several) if len(rows) else trunk
         asked = [torch.full((len(images),), target, device=images.device) for target in targets]
         means, scales = list[Tensor](), list[Tensor]()
         for channels in asked:
