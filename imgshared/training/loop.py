@@ -134,7 +134,7 @@ class Trainer:
             if not (stages[-1].monitored and best_path(self.run).exists()):
                 self._save(best=True)  # nothing to choose by: the end
             self.fabric.barrier()  # no rank looks for `best` before it is written
-            said = settle(method, self.feeds["val"], self.config.batch_size, best_path(self.run), self.ema, self.fabric)
+            said = settle(method, val, self.config.batch_size, best_path(self.run), self.ema, self.fabric)
             self._save()
         finally:
             self.log.close()
