@@ -158,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _verb(verbs, "evaluate", _evaluate, "held-out groups: fidelity, classifiers, latent probes, a report")
     evaluate.add_argument("run_folder", metavar="run", type=Path, help="run folder")
     evaluate.add_argument("store", type=Path, help="cell store")
-    evaluate.add_argument("--out", type=Path, help="folder to write (default: <run>/evaluation/<store>)")
+    evaluate.add_argument(
+        "--out", type=Path, help="folder to write (default: <run>/evaluation/<store>, with --refit <store>_refit)"
+    )
     evaluate.add_argument(
         "--allow-seen-groups", action="store_true", help="judge groups that trained the model, too: marked as leaking"
     )

@@ -47,8 +47,8 @@ def demo(out: Path, console: Console) -> Path:
         f"Report:      {result.report}\n"
         f"Predictions: {predictions} (anndata.read_zarr opens it)\n\n"
         "What to look at in the report:\n"
-        "  1. The pictures: real, predicted and difference at one contrast. CD45 and FOXO3 are predicted in shape but\n"
-        "     not in level: their levels leave no trace in chromatin.\n"
+        "  1. The pictures: real, predicted and difference at one contrast. CD45 is predicted in shape but not in\n"
+        "     level, FOXO3 without knowing whether it is in the nucleus: neither leaves a trace in chromatin.\n"
         "  2. The classifiers: `treatment` acts through shared factors, so predicted stains tell it almost as well as\n"
         "     real ones; `drug` moves FOXO3 alone, so only real FOXO3 tells it. Predictions must stay at chance.\n"
         "  3. The probes: shared factors are read from z_s of chromatin, specific ones only from their own protein.",

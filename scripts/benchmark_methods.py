@@ -14,7 +14,8 @@ is 1. Where a task has one core, its seconds are processor time: on a machine sh
 the same.
 
 Results are methods_<dataset>.json, of another edition than cpu methods_<dataset>_<edition>.json. README's tables are
-those of the cpu edition, which takes an hour and a half on two cores without bf16.
+of the cpu edition with longer `--seconds` (see reproduce.sh); with its own times it takes an hour and a half on two
+cores without bf16.
 
 Every score is of cells of held-out groups that show chromatin and the marker, in normalised units, predicted from
 chromatin alone. It is of their whole crops: those of simulated cells and bbbc013 hold about one cell, those of

@@ -3,12 +3,12 @@
     python scripts/benchmark_slides.py RUN OUT [--gigapixels 1] [--glass 4] [--beside RUN ...] [--record JSON]
 
 RUN is any run whose method takes images of any size; those beside it predict a slide of 4,096 px, for their time and
-memory. A slide of three channels (uint16, noise whose brightness changes
-from place to place) is written as OME-TIFF and OME-Zarr and predicted to its own format by `imgshared predict`, in a
-process of its own, whose greatest resident memory is taken; the OME-Zarr with measured=true, so that every channel is
-read and written. A second one is glass but for a sixteenth, predicted with tissue=otsu. On 8 windows of 1,024 px the
-result is held against `predict_image` of a window of 3,072 px about it. More than 3 GB, or a difference of more than
-1% of the range, is an error, and so is a prediction that is the same everywhere: train RUN long enough.
+memory. A slide of three channels (uint16, discs on a background with camera noise, whose brightness changes from place
+to place) is written as OME-TIFF and OME-Zarr and predicted to its own format by `imgshared predict`, in a process of
+its own, whose greatest resident memory is taken; the OME-Zarr with measured=true, so that every channel is read and
+written. A second one is glass but for a sixteenth, predicted with tissue=otsu. On 8 windows of 1,024 px the result is
+held against `predict_image` of a window of 3,072 px about it. More than 3 GB, or a difference of more than 1% of the
+range, is an error, and so is a prediction that is the same everywhere: train RUN long enough.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """How fast methods train, what of the device's rate of multiplying they reach, and what data loading costs.
 
-    python scripts/benchmark_training.py [--steps 5] [--parts speed methods compiled] [--record benchmarks]
+    python scripts/benchmark_training.py [--steps 5] [--parts speed methods terms compiled]
+                                          [--record benchmarks]
 
 One run measures, in turn and repeatedly, plain float32 in the default memory format against what `train` uses
 (channels_last, and bf16 where the hardware has it): 128-pixel crops, stage 1 of `configs/apollo_published.yaml`, four
@@ -12,7 +13,8 @@ Last, every method by its own configuration, 64-pixel crops, each in a process o
 operations a second beside the rate of a large matrix product in the same precision, the share of a step that waits for
 crops streamed from disk, and the greatest memory. How a step depends on the number of cells is benchmark_scale.py's
 question. `terms` asks what translator's costlier terms make of a step in which every cell is translated, `compiled`
-what torch.compile gains, with CUDA graphs on a GPU. Figures are medians; read the ratios.
+what torch.compile gains, with CUDA graphs on a GPU; both are left out unless named. Figures are medians; read the
+ratios.
 """
 
 from __future__ import annotations

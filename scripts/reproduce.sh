@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The studies of the README and their figures, from nothing but the project and the folder of real images.
 #   scripts/reproduce.sh DATA OUT
-# DATA holds bbbc013/ and imc_spleen/. Finished parts are not computed again. Most of a day on 2 CPU cores.
+# DATA holds bbbc013/ and imc_spleen/. Finished parts are not computed again. A day or two of 2 CPU cores.
 set -euo pipefail
 [ $# -eq 2 ] || { sed -n 2,4p "$0"; exit 2; }
 here="$(cd "$(dirname "$0")/.." && pwd)"
@@ -14,13 +14,15 @@ PYTHON="$python" ./reproduce_evaluation.sh "$data" "$out"
 "$python" study_imc_spleen.py "$data" "$out/imc_spleen" --record "$out/results/imc_spleen.json"
 "$python" study_simulated.py "$out/simulated" --record "$out/results/simulated.json"
 "$python" study_translator_simulated.py "$out/translator_simulated" --record "$out/results"
-"$python" study_translator_real.py "$data" "$out/translator_real" --record "$out/results"
-while read -r dataset seconds workers; do
+real=(study_translator_real.py "$data" "$out/translator_real" --record "$out/results")
+"$python" "${real[@]}" --parts bbbc013 unpaired imc_spleen --seeds 0
+"$python" "${real[@]}" --parts starts --seeds 0 1
+while read -r dataset seconds; do
   "$python" benchmark_methods.py "$data" "$out/methods_$dataset" --datasets "$dataset" --seconds "$seconds" \
-    --workers "$workers" --record "$out/results" < /dev/null
-done <<< "simulated 540 1
-bbbc013 180 2
-imc_spleen 135 2"
+    --record "$out/results" < /dev/null
+done <<< "simulated 540
+bbbc013 180
+imc_spleen 135"
 "$python" benchmark_training.py --parts speed methods terms compiled --record "$out/results"
 "$python" benchmark_scale.py --record "$out/results/scale.json"
 "$python" study_kill.py "$out/kill" --record "$out/results/kill.json"
