@@ -149,8 +149,10 @@ def _refuse_ignored(config: MethodConfig) -> None:
                 "method.identity_weight is relative to method.cycle_weight and has no effect where that is 0: set both "
                 "to 0"
             )
-        case MvaeConfig(beta=0):
-            ignored = {"anneal": "method.beta=0"}
+        case MvaeConfig():
+            ignored = {"anneal": "method.beta=0"} if not config.beta else {}
+            if config.proteins_per_step == 1:  # with chromatin two stains: no subset between one and all
+                ignored["subsets"] = "method.proteins_per_step=1"
         case _:
             return
     for name, reason in ignored.items():
@@ -182,6 +184,7 @@ def _ignored_by_translator(config: TranslatorConfig) -> dict[str, str]:
          ("adversarial", "discriminator_channels", "discriminator_sees_source", "lr_discriminator", "weights.r1",
           "weights.sharp")),
         (not w.cross, "method.weights.cross=0", ("weights.sharp",)),
+        (not (w.full or w.shared), "method.weights.full=0 and shared=0", ("rebuilt",)),
         (not (w.cross or w.agreement or w.independence), "no term of hidden stains", ("hidden_proteins",)),
         (not (w.patch_nce or w.patch_nce_identity), "method.weights.patch_nce=0",
          ("temperature", "patches", "negatives")),

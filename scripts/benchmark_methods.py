@@ -35,7 +35,7 @@ agreement    Cohen's kappa between the answers that a classifier (logistic regre
              real stains of the training groups) gives on the real and on the predicted stain of the same cells; only
              where it reads the label from real held-out stains with a balanced accuracy of chance + 0.1 or more
 
-train s, train cells/s   of the training alone
+train s, train cells/s   of the whole training, looks at held-out cells and checkpoints among it
 predict cells/s          of the test cells, with every output that the method has: of translator two
 memory MB                the greatest of the training: of the process, or of the GPU
 parameters               of all networks, discriminators too; linear has none (its coefficients are solved for, not

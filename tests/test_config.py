@@ -62,6 +62,8 @@ TRANSLATOR = ["method.name=translator"]
         (Experiment, [DATA, *TRANSLATOR, "method.weights.full=.inf"],
          "method.weights.full = inf: Input should be a finite number"),
         (Experiment, [DATA, "method.lr_latent=.nan"], "method.lr_latent = nan: Input should be a finite number"),
+        (Experiment, [DATA, *TRANSLATOR, "method.translation_from=1"],
+         "method.translation_from = 1: Input should be less than 1"),
         (Experiment, [DATA, *TRANSLATOR, "method.hide=.nan"], "method.hide = nan: Input should be a finite number"),
         (Experiment, [DATA, "method.name=linear", "method.sigmas=[-1]"], "method.sigmas.0 = -1: Input should be gr"),
         (Experiment, [DATA, *TRANSLATOR, "method.hide=2"], "method.hide = 2: Input should be less than or equal to 1"),

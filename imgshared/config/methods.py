@@ -51,7 +51,7 @@ class TranslatorWeights:
     full: Weight = 1.0  # each visible stain, from the fused shared maps and its own specific maps
     shared: Weight = 0.1  # each visible stain from the fused shared maps alone
     cross: Weight = 1.0  # each hidden stain from the shared maps of the visible ones
-    agreement: Weight = 0.0  # shared latents of a cell's stains find each other
+    agreement: Weight = 0.0  # shared latents of a cell's chromatin and of another of its stains find each other
     # shared and specific latents of a stain tell nothing of each other; of stains that 8 cells of a step show
     independence: Weight = 0.0
     patch_nce: Weight = 0.0  # patches of a translated image find their patches in the source (CUT)
@@ -63,7 +63,7 @@ class TranslatorWeights:
     cycle: Weight = 0.0  # a translated stain, translated back, is the source
     identity: Weight = 0.0  # L1 of a stain translated to itself (CycleGAN)
     patch_nce_identity: Weight = 0.0  # patch_nce of a stain translated to itself (CUT, with the weight of patch_nce)
-    norm: Weight = 0.0  # size of the latents (apollo)
+    norm: Weight = 0.0  # size of the pooled latents (after apollo, whose noise is on the latents; here on the maps)
     # beta: KL of a cell's fused shared maps to a standard normal, in nats a pixel as the likelihood of a head with a
     # scale is; fusion = product only
     kl: Weight = 0.0
@@ -98,7 +98,7 @@ class TranslatorConfig:
     latent_noise: Weight = 0.0  # standard deviation of noise on the maps; product: on the specific ones alone
     weights: TranslatorWeights = dataclasses.field(default_factory=TranslatorWeights)
     # the part of the training before which patch_nce, adversarial, sharp and cycle rest
-    translation_from: Probability = 0.0
+    translation_from: Fraction = 0.0
     agreement: Literal["infonce", "triplet"] = "infonce"
     independence: Literal["hsic", "cross_covariance"] = "hsic"
     temperature: Positive = 0.07  # of patch_nce

@@ -36,7 +36,7 @@ class Augment:
         if self.change is None:
             return batch
         b, c, y, x = batch.images.shape
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(_drawing(batch.images)):
             torch.manual_seed(seed)
             changed = self.change(batch.images.reshape(b * c, 1, y, x)).reshape(b, c, y, x)
         images = torch.where(batch.measured[..., None, None], changed, batch.images)
@@ -93,11 +93,16 @@ def warp_as_batch(rotate_deg: float, scale: float, shift: float) -> Geometry:
     )
 
     def apply(raw: Tensor, seed: int) -> Tensor:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(_drawing(raw)):
             torch.manual_seed(seed)
             return affine(raw.to(torch.float32))  # type: ignore[no-any-return]
 
     return apply
+
+
+def _drawing(images: Tensor) -> list[torch.device]:
+    """Return the devices whose random stream kornia moves."""
+    return [images.device] if images.is_cuda else []
 
 
 def mirror_and_turn(raw: Tensor, seed: int) -> Tensor:

@@ -90,7 +90,7 @@ class Feed:
         if self.residency != "stream":
             self._crops = self._read_all()
             if self.residency == "device":
-                self._crops, self.measured = self._crops.to(self.device), self.measured.to(self.device)
+                self.measured = self.measured.to(self.device)
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -168,9 +168,10 @@ class Feed:
         return Batch(rows.to(self.device), images.contiguous(memory_format=torch.channels_last), measured)
 
     def _read_all(self) -> Tensor:
-        """Read block by block: memory holds the crops once, not the copies that reading makes."""
+        """Read block by block: memory, or the device, holds the crops once, not the copies that reading makes."""
         shape = (len(self.cells), len(self.channels), self.store.crop_px, self.store.crop_px)
-        crops = torch.empty(shape, dtype=self._read(self.cells[:1]).dtype)
+        where = self.device if self.residency == "device" else None
+        crops = torch.empty(shape, dtype=self._read(self.cells[:1]).dtype, device=where)
         for start in range(0, len(self.cells), BLOCK):
             crops[start : start + BLOCK] = self._read(self.cells[start : start + BLOCK])
         return crops

@@ -8,6 +8,7 @@ Dunn, Wasserman & Ramdas 2023 for calibration data in groups). One group tells n
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from sklearn.covariance import LedoitWolf
 from imgshared.data.features import typical_radius
 from imgshared.data.store import CellStore
 from imgshared.evaluation.floors import Floors
-from imgshared.evaluation.judgeable import sampled, unpaired
+from imgshared.evaluation.judgeable import Crops, sampled, seen, unpaired
 from imgshared.prediction import Run, predict_batches
 from imgshared.prediction.cells import Progress
 from imgshared.prediction.trust import CLIP, FILE, Trust, describe_latent, describe_source, distance
@@ -43,7 +44,8 @@ def calibrate(run: Run, store: CellStore, progress: Progress | None = None) -> P
     path = run.path / FILE
     if path.exists() and path.stat().st_mtime_ns > run.checkpoint.stat().st_mtime_ns:
         return path
-    train, val = sampled(run, store, CELLS)
+    shown = seen(run, store)
+    train, val = sampled(run, store, shown, CELLS)
     if not len(val) or not len(train) or not run.fabric.is_global_zero:
         return None
     radius, done, total = typical_radius(store.masks(train)), 0, len(train) + len(val)
@@ -51,12 +53,12 @@ def calibrate(run: Run, store: CellStore, progress: Progress | None = None) -> P
     def predicted(cells: NDArray[np.intp]) -> Iterator[PredictedCells]:
         nonlocal done
         for part in predict_batches(run, store, cells, full=False, shared=False, own_latents=False, batch_size=BLOCK):
-            yield part
+            yield replace(part, measured=part.measured & shown[part.cells])
             done += len(part.cells)
             if progress:
                 progress(done, total)
 
-    floors, reference = _learn(run, store, predicted(train), radius)
+    floors, reference = _learn(run, unpaired(run, store, CELLS, shown=shown), predicted(train), radius)
     groups = store.obs[run.split.by].astype(str).to_numpy().astype(str)[val]
     _fit(run, predicted(val), groups, floors, radius, reference).save(path)
     return path
@@ -72,11 +74,13 @@ class Reference(NamedTuple):
     mean_latent: NDArray[np.float64]
 
 
-def _learn(run: Run, store: CellStore, train: Iterator[PredictedCells], radius: float) -> tuple[Floors, Reference]:
-    """Return the floors, and what sources look like."""
+def _learn(
+    run: Run, others: Iterator[Crops], train: Iterator[PredictedCells], radius: float
+) -> tuple[Floors, Reference]:
+    """Return the floors, of others than the predicted cells, too, and what sources look like."""
     floors = Floors(len(run.panel), run.source_channels)
     latents, sources = [], []
-    for images, measured in unpaired(run, store, CELLS):
+    for images, measured in others:
         floors.add(images, measured)
     for done in train:
         floors.add(done.real, done.measured)

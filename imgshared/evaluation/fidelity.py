@@ -60,10 +60,10 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Summarise `compare`'s table, joined with a column `group`: one row a (marker, prediction, score).
 
     `value` over all cells with its interval over groups (`low`, `high`), then the number of `cells` and `groups`.
-    `pearson`, `ssim`, `l1` are means over cells; `pearson_pooled` takes all cells' pixels together, so that differences
-    between cells count; `intensity_*` correlate the mean intensity across cells. `detail` is the geometric mean over
-    cells of a ratio, so that twice and half as much weigh alike; a prediction without any detail counts as a `FOLD`th,
-    a real stain without any not at all. Its interval is that of the mean logarithm.
+    `pearson` (0 of a constant prediction), `ssim`, `l1` are means over cells; `pearson_pooled` takes all cells' pixels
+    together, so that differences between cells count; `intensity_*` correlate the mean intensity across cells. `detail`
+    is the geometric mean over cells of a ratio, so that twice and half as much weigh alike; a prediction without any
+    detail counts as a `FOLD`th, a real stain without any not at all. Its interval is that of the mean logarithm.
     """
     rows = []
     for (marker, prediction), part in table.groupby(["marker", "prediction"], sort=False):
@@ -125,11 +125,15 @@ def _statistic(part: pd.DataFrame, score: str) -> metrics.Statistic:
 def _scores(real: NDArray[Any], guess: NDArray[Any]) -> dict[str, Any]:
     return {
         "l1": metrics.l1(real, guess),
-        "pearson": metrics.pearson(real, guess),
+        "pearson": np.where(_constant(guess) & ~_constant(real), 0.0, metrics.pearson(real, guess)),
         "ssim": metrics.ssim(real, guess),
         "detail": metrics.spectral_ratio(real, guess),
         **_sums(real, guess),
     }
+
+
+def _constant(images: NDArray[Any]) -> NDArray[np.bool_]:
+    return np.asarray(np.ptp(images.reshape(len(images), -1), axis=1) == 0)
 
 
 def _sums(real: NDArray[Any], guess: NDArray[Any]) -> dict[str, Any]:

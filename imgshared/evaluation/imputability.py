@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from imgshared import metrics
-from imgshared.build import build_measured
 from imgshared.data.store import CellStore
 from imgshared.evaluation.fidelity import compare
 from imgshared.evaluation.floors import Floors
-from imgshared.evaluation.judgeable import sampled, unpaired
+from imgshared.evaluation.judgeable import Rows, Shown, sampled, seen, unpaired
 from imgshared.prediction import Run, predict_batches
 from imgshared.prediction.cells import Progress
 from imgshared.types import InputError
@@ -120,10 +119,11 @@ def assess(run: Run, store: CellStore, progress: Progress | None = None) -> Path
         return path
     if not run.fabric.is_global_zero:
         return None
-    train, val = sampled(run, store, CELLS)
+    stained = seen(run, store)
+    train, val = sampled(run, store, stained, CELLS)
     if not len(val) or not len(train):
         return None
-    found = _compared(run, store, train, val, progress)
+    found = _compared(run, store, stained, train, val, progress)
     found["group"] = store.obs[run.split.by].astype(str).to_numpy()[found["position"].to_numpy(int)]
     table = imputability(found, shown(run, store))
     partial_path = path.with_name(path.name + ".partial")
@@ -133,16 +133,17 @@ def assess(run: Run, store: CellStore, progress: Progress | None = None) -> Path
 
 
 def _compared(
-    run: Run, store: CellStore, train: NDArray[np.intp], val: NDArray[np.intp], progress: Progress | None
+    run: Run, store: CellStore, stained: Shown, train: Rows, val: Rows, progress: Progress | None
 ) -> pd.DataFrame:
     """Return `fidelity.compare`'s table of the validation cells, `position` their rows in the store."""
     floors = Floors(len(run.panel), run.source_channels)
-    for images, measured in unpaired(run, store, CELLS):
+    for images, measured in unpaired(run, store, CELLS, shown=stained):
         floors.add(images, measured)
     some = val[:: max(1, len(val) // REBUILT)]
     tables, done, total = [], 0, len(train) + len(val) + len(some)
     for cells, rebuilt in ((train, False), (val, False), (some, True)):
         for part in predict_batches(run, store, cells, full=rebuilt, shared=rebuilt, latents=False, batch_size=BLOCK):
+            part = replace(part, measured=part.measured & stained[part.cells])
             if cells is train:
                 floors.add(part.real, part.measured)
             else:
@@ -157,13 +158,7 @@ def _compared(
 
 def shown(run: Run, store: CellStore) -> dict[str, int]:
     """Count the training cells that show each marker to the model."""
-    train = run.split.assign(store.obs) == "train"
-    if store.data_hash == run.contract.data_hash:
-        counts = build_measured(run.experiment, store, run.panel)[train].sum(0)
-    else:
-        places = run.contract.check(store, ())
-        each = store.measured[train].sum(0)
-        counts = np.array([0 if c is None else each[c] for c in places])  # None: another store, of fewer stains
+    counts = seen(run, store)[run.split.assign(store.obs) == "train"].sum(0)
     return dict(zip(run.panel.markers, map(int, counts), strict=True))
 
 
@@ -193,7 +188,12 @@ def warnings_of(run: Run, markers: Sequence[str]) -> list[str]:
                 f"{row['marker']}: on the validation groups, predicted pictures recover little beyond the mean "
                 f"picture of the stain (share {row['image']:.2f}){why}"
             )
-        elif row["intensity"] is not None and row["intensity"] < LOW:
+        elif row["intensity"] is None:
+            said.append(
+                f"{row['marker']}: in all validation cells it is equally bright, so how far predictions can be "
+                "trusted is not known"
+            )
+        elif row["intensity"] < LOW:
             said.append(
                 f"{row['marker']}: do not rank cells by predicted brightness, on the validation groups it recovers a "
                 f"share of {row['intensity']:.2f} of the real one's variation{why}"

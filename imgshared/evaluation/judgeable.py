@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from imgshared.build import build_measured
 from imgshared.data.feed import Feed
 from imgshared.data.store import CellStore
 from imgshared.prediction import Run
@@ -18,6 +19,8 @@ from imgshared.types import InputError
 BLOCK = 256
 
 Rows = NDArray[np.intp]
+Shown = NDArray[np.bool_]  # (cells of a store, C in the order of the model's panel)
+Crops = tuple[NDArray[np.float32], Shown]  # (n, C, Y, X), (n, C)
 
 
 class Judgeable(NamedTuple):
@@ -79,13 +82,18 @@ def with_sources(run: Run, store: CellStore, cells: Rows) -> Rows:
     return cells[_measured(run, store, cells)[:, _needed(run)].all(1)]
 
 
-def sampled(run: Run, store: CellStore, limit: int) -> tuple[Rows, Rows]:
-    """Draw at most so many training and validation cells `with_sources`, each; there may be none."""
+def seen(run: Run, store: CellStore) -> Shown:
+    """Return what the run could learn from in the store: less than is measured where `unstained` says so."""
+    if store.data_hash == run.contract.data_hash:
+        return build_measured(run.experiment, store, run.panel)
+    return _all_measured(run, store)
+
+
+def sampled(run: Run, store: CellStore, shown: Shown, limit: int) -> tuple[Rows, Rows]:
+    """Draw at most so many training and validation cells that show the sources, each; there may be none."""
     parts, rng = run.split.assign(store.obs), np.random.default_rng(0)
-    train, val = (
-        np.sort(rng.permutation(with_sources(run, store, np.flatnonzero(parts == part)))[:limit])
-        for part in ("train", "val")
-    )
+    able = shown[:, _needed(run)].all(1)
+    train, val = (np.sort(rng.permutation(np.flatnonzero((parts == part) & able))[:limit]) for part in ("train", "val"))
     return train, val
 
 
@@ -94,18 +102,18 @@ def draw(rows: Rows, limit: int, seed: int) -> Rows:
     return rows if len(rows) <= limit else np.sort(np.random.default_rng(seed).choice(rows, limit, replace=False))
 
 
-def unpaired(
-    run: Run, store: CellStore, limit: int, seed: int = 0
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
-    """Read at most so many training cells that are not `with_sources`: they, too, tell what a stain's mean picture is.
+def unpaired(run: Run, store: CellStore, limit: int, seed: int = 0, shown: Shown | None = None) -> Iterator[Crops]:
+    """Read at most so many training cells that lack a source: they, too, tell what a stain's mean picture is.
 
-    Yields (n, C, Y, X) normalised crops and what is measured of them, (n, C).
+    Yields (n, C, Y, X) normalised crops and what is `shown` of them, (n, C); None: all that is measured.
     """
-    train = np.flatnonzero(run.split.assign(store.obs) == "train")
-    cells = draw(np.setdiff1d(train, with_sources(run, store, train)), limit, seed)
+    shown = _all_measured(run, store) if shown is None else shown
+    train = run.split.assign(store.obs) == "train"
+    cells = draw(np.flatnonzero(train & ~shown[:, _needed(run)].all(1)), limit, seed)
     if len(cells):
         channels, cpu = run.contract.check(store, ()), torch.device("cpu")
-        for batch in Feed(store, cells, channels, run.normaliser, cpu, "stream", BLOCK).once(BLOCK):
+        feed = Feed(store, cells, channels, run.normaliser, cpu, "stream", BLOCK, stained=shown[cells])
+        for batch in feed.once(BLOCK):
             yield batch.images.numpy(), batch.measured.numpy()
 
 
@@ -113,7 +121,11 @@ def _needed(run: Run) -> list[int]:
     return list(dict.fromkeys([run.panel.chromatin_index, *(run.method.sources or ())]))
 
 
-def _measured(run: Run, store: CellStore, cells: Rows) -> NDArray[np.bool_]:
+def _all_measured(run: Run, store: CellStore) -> Shown:
+    return _measured(run, store, np.arange(len(store)))
+
+
+def _measured(run: Run, store: CellStore, cells: Rows) -> Shown:
     """(n, C) in the order of the model's panel; False for a protein that the store does not hold."""
     channels = run.contract.check(store, [run.panel.markers[c] for c in _needed(run)])
     none = np.zeros(len(cells), bool)

@@ -63,6 +63,11 @@ class Stage:
     lr_decay: float = 0.0
     whole: bool = False
 
+    @property
+    def learns(self) -> bool:
+        """Whether it learns by steps; a closed form does not, and so cannot diverge."""
+        return any(self.groups.values())
+
 
 FEW_CELLS = 100  # of a marker, or with it and what it is predicted from, below which a user is warned
 UNPAIRED = "learn from unpaired cells with configs/translator_unpaired.yaml, configs/cut.yaml or configs/cyclegan.yaml"

@@ -1,7 +1,8 @@
-"""What the adversarial methods have in common: Adam's betas, the discriminator's terms, the sign that it has won."""
+"""What the adversarial methods have in common: Adam's betas, the discriminator's terms, the signs of its trouble."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -13,6 +14,8 @@ from imgshared.types import LossTerms
 
 BETAS = (0.5, 0.999)  # of Adam, as in pix2pix, CycleGAN and CUT
 WON = 0.99  # share of the patches told right, beyond which the discriminator teaches nothing
+UNDECIDED = {"lsgan": 0.25, "hinge": 2.0, "bce": math.log(2)}  # loss of a discriminator that cannot tell at all
+ASTRAY = 3.0  # times that loss: worse than not to look
 
 
 def discriminator_terms(
@@ -40,19 +43,27 @@ def accuracy(real: Tensor, fake: Tensor, kind: Literal["lsgan", "hinge", "bce"])
     return ((real > middle).float().mean() + (fake <= middle).float().mean()).detach() / 2
 
 
-def signs_of_defeat(values: Mapping[str, float], r1: str) -> list[str]:
-    """Say of each discriminator that wins every time; `r1` is the setting that holds it back.
+def signs_of_defeat(values: Mapping[str, float], kind: Literal["lsgan", "hinge", "bce"], r1: str) -> list[str]:
+    """Say of each discriminator that it wins every time, or runs away; `r1` is the setting that holds it back.
 
-    Its share of patches told right is ``discriminator/accuracy``, of several ``discriminator/<of what>/accuracy``.
+    Its share of patches told right is ``discriminator/accuracy``, its loss without R1 ``discriminator/adversarial``; of
+    several they are ``discriminator/<of what>/accuracy`` and so on.
     """
     signs = []
-    for name, share in values.items():
+    for name, value in values.items():
         judge, _, term = name.rpartition("/")
-        if judge.startswith("discriminator") and term == "accuracy" and share > WON:
-            of = judge.removeprefix("discriminator").replace("/", " of the ")
+        if not judge.startswith("discriminator"):
+            continue
+        who = "the discriminator" + judge.removeprefix("discriminator").replace("/", " of the ")
+        if term == "accuracy" and value > WON:
             signs.append(
-                f"the discriminator{of} tells real from predicted every time ({100 * share:.1f}% of the patches), so "
-                f"its gradient is spent: lower method.lr_discriminator or set {r1}"
+                f"{who} tells real from predicted every time ({100 * value:.1f}% of the patches), so its gradient is "
+                f"spent: lower method.lr_discriminator or set {r1}"
+            )
+        if term == "adversarial" and value > ASTRAY * UNDECIDED[kind]:
+            signs.append(
+                f"{who} runs away: its loss is {value:.2f}, and of one that cannot tell {UNDECIDED[kind]:.2f}; lower "
+                f"method.lr_discriminator or set {r1}"
             )
     return signs
 

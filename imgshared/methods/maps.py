@@ -104,7 +104,7 @@ class MapMethod(LatentMethod):
     def translate(self, images: Tensor, measured: Tensor, targets: Sequence[int]) -> Prediction:
         """Draw each target from the fused shared maps of the measured stains; images of any size.
 
-        Of cells with further stains beside chromatin, what these add to the mean is weighted by `stacking`.
+        Of cells with further stains beside chromatin, what these add to mean and scale is weighted by `stacking`.
         """
         size = size_of(images)
         trunk, fused, encoded = self._fused(images, measured)
@@ -114,21 +114,26 @@ class MapMethod(LatentMethod):
         asked = [torch.full((len(images),), target, device=images.device) for target in targets]
         means, scales = list[Tensor](), list[Tensor]()
         for channels in asked:
-            mean, log_scale = self.network.decode(trunk, channels, size)
+            found = self._draw(trunk, channels, size)
             heeded = torch.where(measured.gather(1, channels[:, None])[:, 0], 1.0, self.stacking[channels])[rows]
             if (heeded < 1).any():
-                first, _ = self.network.decode(alone, channels[rows], size)
-                mean = mean.index_copy(0, rows, torch.lerp(first, mean[rows], heeded[:, None, None, None]))
-            means.append(mean)
-            if log_scale is not None:
-                std = 2**0.5 if self.config.head == "laplace" else 1.0  # of a Laplace distribution of scale 1
-                scales.append(std * log_scale.exp())
+                first, weight = self._draw(alone, channels[rows], size), heeded[:, None, None, None]
+                mixed = [torch.lerp(few, whole[rows], weight) for few, whole in zip(first, found, strict=True)]
+                found = [whole.index_copy(0, rows, few) for whole, few in zip(found, mixed, strict=True)]
+            means.append(found[0])
+            scales += found[1:]
 
         def sharp() -> Tensor:
             texture = self.network.texture_trunk(fused.shared)
             return torch.cat([self.network.sharpen(m, texture, c) for m, c in zip(means, asked, strict=True)], 1)
 
         return Prediction(torch.cat(means, 1), torch.cat(scales, 1) if scales else None, sharp if self.sharp else None)
+
+    def _draw(self, trunk: Tensor, channels: Tensor, size: tuple[int, int]) -> list[Tensor]:
+        """Return the mean, and of a head that has one the standard deviation."""
+        mean, log_scale = self.network.decode(trunk, channels, size)
+        std = 2**0.5 if self.config.head == "laplace" else 1.0  # of a Laplace distribution of scale 1
+        return [mean] if log_scale is None else [mean, std * log_scale.exp()]
 
     def reconstruct(self, images: Tensor, measured: Tensor, *, specific: bool) -> Tensor:
         """Rebuild each measured stain from its own shared maps, and with `specific` its own detail."""

@@ -157,5 +157,5 @@ class Pix2pix(PairedMethod):
         return Prediction(self.generator(sources).float())
 
     def signs(self, values: Mapping[str, float]) -> list[str]:
-        """Say where the discriminator wins every time."""
-        return signs_of_defeat(values, "method.r1_weight")
+        """Say where the discriminator wins every time, or runs away."""
+        return signs_of_defeat(values, self.config.adversarial, "method.r1_weight")

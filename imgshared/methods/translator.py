@@ -132,7 +132,7 @@ class Translator(MapMethod):
         if self._sees_source and not self.paired:
             raise InputError(
                 "method.discriminator_sees_source needs cells that show chromatin and another stain, and no training "
-                "cell does: set it to false"
+                "cell does: set it to false, as configs/translator_unpaired.yaml"
             )
 
     def doubts(self, measured: Tensor, markers: Sequence[str]) -> list[str]:
@@ -374,7 +374,7 @@ class Translator(MapMethod):
 
     def signs(self, values: Mapping[str, float]) -> list[str]:
         """Say where a discriminator won, the posterior collapsed, dependence of a stain was hardly ever estimated."""
-        said = signs_of_defeat(values, "method.weights.r1")
+        said = signs_of_defeat(values, self.config.adversarial, "method.weights.r1")
         said += signs_of_collapse(values, sum(self.network.widths), "lower method.weights.kl")
         if self.discriminator is not None and self.progress > self.config.translation_from:
             said += signs_of_rest(values, "a stain and cells that can be translated to it")
@@ -384,6 +384,6 @@ class Translator(MapMethod):
         if missed:
             said.append(
                 f"independence was hardly ever estimated of {', '.join(missed)}: fewer than {LEAST_ROWS} cells of a "
-                "step (of each process) show it. Raise train.batch_size, or lower method.chromatin_only"
+                "step (of each process) show it. Raise train.batch_size or method.hidden_proteins"
             )
         return said

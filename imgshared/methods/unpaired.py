@@ -197,10 +197,10 @@ class UnpairedMethod(Method):
         return Prediction(out)
 
     def signs(self, values: Mapping[str, float]) -> list[str]:
-        """Tell where a discriminator has won, and where it was never asked."""
+        """Tell where a discriminator has won or runs away, and where it was never asked."""
         source = self.panel.markers[self.sources[0]]
         rest = signs_of_rest(values, f"{source} and another stain")
-        return [*rest, *signs_of_defeat(values, "method.r1_weight")]
+        return [*rest, *signs_of_defeat(values, self.config.adversarial, "method.r1_weight")]
 
 
 def made_discriminator(config: CutConfig | CycleGanConfig, markers: int) -> PatchDiscriminator:

@@ -140,7 +140,7 @@ def predict_batches(
         start += len(rows)
         with run.fabric.autocast():
             source = batch.measured & chosen.to(device)
-            images, scale = _draw(run.method, batch, source, asked, wishes)
+            images, scale = _draw(run, batch, source, asked, wishes)
             shared_latents, specific_latents = _latents(run, batch, source, own_latents) if latents else ({}, {})
             error = _source_error(run.method, batch, source) if latents else None
         yield PredictedCells(
@@ -157,11 +157,11 @@ def predict_batches(
 
 
 def _draw(
-    method: Method, batch: Batch, source: Tensor, targets: Sequence[int], wishes: Mapping[str, bool]
+    run: Run, batch: Batch, source: Tensor, targets: Sequence[int], wishes: Mapping[str, bool]
 ) -> tuple[dict[str, Floats], Floats | None]:
     """Return images of a batch by name, and the predicted scale."""
-    channels = source.shape[1]
-    prediction = method.translate(batch.images, source, targets)
+    channels, method = source.shape[1], run.method
+    prediction = run.translate(batch.images, source, targets)
     images = {"predicted": _in_place(prediction.mean, targets, channels)}
     if wishes["sharp"] and prediction.sharp is not None:
         images["sharp"] = _in_place(prediction.sharp(), targets, channels)

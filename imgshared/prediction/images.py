@@ -102,7 +102,7 @@ def draw_image(
     normalised = run.normaliser.forward(raw)[None] * given[:, None, None]
     with run.fabric.autocast():
         batch = normalised.contiguous(memory_format=torch.channels_last)
-        prediction = run.method.translate(batch, given[None], targets)
+        prediction = run.translate(batch, given[None], targets)
         drawn = prediction.sharp() if sharp and prediction.sharp else prediction.mean
     normaliser = run.normaliser.select(targets)
     mean = drawn[0].float().cpu()

@@ -21,7 +21,7 @@ from imgshared.methods.base import Method
 from imgshared.training.checkpoint import Contract, load
 from imgshared.training.devices import is_there, make_fabric
 from imgshared.training.folder import best_path, last_path
-from imgshared.types import InputError
+from imgshared.types import InputError, Prediction
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,22 @@ class Run:
                 "every protein is a source, so nothing is left to predict: name markers=... or fewer sources=..."
             )
         return rest
+
+    def translate(self, images: Tensor, given: Tensor, targets: Sequence[int]) -> Prediction:
+        """Ask the method, see `Method.translate`.
+
+        Raises
+        ------
+        InputError
+            Where it predicts something that is no number.
+        """
+        found = self.method.translate(images, given, targets)
+        if not found.mean.isfinite().all():
+            raise InputError(
+                f"{self.checkpoint} predicts values that are no numbers: its training diverged, or the images are "
+                "far from what it learnt. Choose another checkpoint, or train again with a smaller learning rate"
+            )
+        return found
 
     def refuse_crops_alone(self) -> None:
         """Refuse images of another size than the training crops to a model that knows no other, or no neighbours.

@@ -106,7 +106,13 @@ def average_gradients(parameters: Iterable[nn.Parameter], world: int) -> None:
     dist.all_reduce(flat)
     *means, count = (flat / world).split([*(p.numel() for p in parameters), len(parameters)])
     for p, mean, some in zip(parameters, means, (count > 0).tolist(), strict=True):
-        p.grad = mean.view_as(p) if some else None
+        p.grad = torch.empty_like(p).copy_(mean.view_as(p)) if some else None  # in memory as the weight is
+
+
+def lay_out(optimizer: torch.optim.Adam) -> None:
+    """Lay moments out in memory as their weights are, as before they were saved, so that Adam steps as before."""
+    for weight, state in optimizer.state.items():
+        state |= {k: torch.empty_like(weight).copy_(v) for k, v in state.items() if v.shape == weight.shape}
 
 
 def add_ranks(values: Tensor, world: int) -> Tensor:

@@ -30,7 +30,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
-        """Move the average towards the weights after so many steps in all."""
+        """Move the average towards the weights, after so many steps of the stage: what it trains was at rest before."""
         if not self.values:
             return  # a closed form has nothing to average
         decay = min(self.decay, (1 + steps) / (10 + steps))

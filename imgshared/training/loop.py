@@ -23,7 +23,7 @@ from imgshared.data.store import CellStore
 from imgshared.methods.base import Method, Stage
 from imgshared.models.buffer import pool_state
 from imgshared.training.checkpoint import Contract, load, save
-from imgshared.training.devices import average_gradients, gather_rows, gather_states, make_fabric
+from imgshared.training.devices import average_gradients, gather_rows, gather_states, lay_out, make_fabric
 from imgshared.training.ema import Ema
 from imgshared.training.folder import begin_run, best_path, last_path, samples_path
 from imgshared.training.interrupt import Interrupt
@@ -101,7 +101,7 @@ class Trainer:
         begin_run(experiment, run, resume, self.fabric)  # after all that may refuse the configuration
         if self.fabric.is_global_zero:
             (run / "contract.json").write_text(json.dumps(self.contract.to_dict(), indent=2) + "\n")
-        self.feeds = {part: self._feed(store, rows, measured[rows]) for part, rows in cells.items()}
+        self.feeds = {part: self._feed(store, cells, part, measured) for part in cells}
         self.method: Method = method.to(self.fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         method.world = self.fabric.world_size
         self.statistics = BatchStatistics(method, self.config.accumulate, self.fabric.world_size)
@@ -205,7 +205,7 @@ class Trainer:
         self.statistics.end()
         self._move(stage, optimizers)
         if self.ema:
-            self.ema.update(at.total)
+            self.ema.update(at.epoch * steps + at.step)
         meter.step(sum(len(batch.index) for batch in batches) * self.fabric.world_size)
 
     def _step_tables(self, stage: Stage) -> None:
@@ -240,21 +240,22 @@ class Trainer:
             return
         at = self.position
         steps, cells_per_s, values = meter.take(self.fabric)
-        measure, learns = values.pop(MEASURE, None), any(stage.groups.values())  # a closed form has no steps to diverge
+        measure = values.pop(MEASURE, None)
         if not all(map(math.isfinite, values.values())):
-            raise self._diverged(stage, "is not a number", learns)
-        if measure is not None and learns and at.diverges(measure, values, self.config.diverged):
-            raise self._diverged(stage, f"grew to {measure:.3g}", learns)
+            raise self._diverged("the loss is not a number")
+        if measure is not None and stage.learns and at.diverges(measure, values, self.config.diverged):
+            raise self._diverged(f"the loss grew to {measure:.3g}")
         self.log.record(at.total, at.epoch, stage.name, "train", values | {"cells_per_s": cells_per_s})
         shown = {k: v for k, v in values.items() if k.rpartition("/")[2] in SHOWN and not k.startswith("discr")}
         self.log.advance(steps, cells_per_s, "  ".join(f"{k} {v:.4f}" for k, v in list(shown.items())[:4]))
 
-    def _diverged(self, stage: Stage, what: str, learns: bool) -> Diverged:
-        at, last = self.position, last_path(self.run)
+    def _diverged(self, what: str) -> Diverged:
+        at, last, stages = self.position, last_path(self.run), self.method.stages
         kept = f"The checkpoint before that is kept: {last}." if last.exists() else "There was no checkpoint yet."
         rates = "Try a smaller learning rate (method.lr...), or train.precision=float32"
-        mend = rates if learns else "It learns without steps: look for pixels that are no numbers in the images"
-        return Diverged(f"the loss {what} in stage {stage.name}, epoch {at.epoch}, step {at.total}. {kept} {mend}")
+        stage = stages[min(at.stage, len(stages) - 1)]
+        mend = rates if stage.learns else "It learns without steps: look for pixels that are no numbers in the images"
+        return Diverged(f"{what} in stage {stage.name}, epoch {at.epoch}, step {at.total}. {kept} {mend}")
 
     @torch.no_grad()
     def _validate(self, stage: Stage) -> None:
@@ -278,6 +279,8 @@ class Trainer:
         self.method.start(stage)
         values = meter.take(self.fabric)[2]
         values.pop(MEASURE, None)
+        if not all(map(math.isfinite, values.values())):
+            raise self._diverged("the loss on held-out cells is not a number")
         self.log.record(at.total, at.epoch, stage.name, "val", values | spread)
         self.log.picture(picture, at.total)
         if self._last and self.method.progress > SETTLED:  # empty where the run went on after the epoch's last step
@@ -328,17 +331,19 @@ class Trainer:
             optimizer = optimizers[player]
             assert optimizer is not None
             optimizer.load_state_dict({"state": by_number, "param_groups": state["param_groups"]})
+            lay_out(optimizer)
         self._resumed_optimizers = {}
         return optimizers
 
     def _save(self, optimizers: Mapping[str, Adam | None] | None = None, *, best: bool = False) -> None:
-        """Write `best` (weights alone) or `last` (everything), unless the weights are not finite."""
+        """Write `best` (weights alone) or `last` (everything); weights that are not finite end the training."""
         pools = [] if best else gather_states(pool_state(self.method), self.fabric)
-        if not self.fabric.is_global_zero:
-            return
         with self.ema.in_place() if self.ema and best else nullcontext():
             tree: dict[str, Any] = {"model": {k: v.clone() for k, v in self.method.state_dict().items()}}
-        if not all(bool(v.isfinite().all()) for v in tree["model"].values()):
+        for name, value in tree["model"].items():
+            if not value.isfinite().all():
+                raise self._diverged(f"{name} of the model is not finite")
+        if not self.fabric.is_global_zero:
             return
         tree["position"] = asdict(self.position)
         if not best:
@@ -374,13 +379,14 @@ class Trainer:
             self.ema.load(tree["ema"])
         self.position = Position(**tree["position"])
 
-    def _feed(self, store: CellStore, cells: Any, stained: Any) -> Feed:
+    def _feed(self, store: CellStore, cells: Mapping[str, Any], part: str, measured: Any) -> Feed:
         channels, fabric = store.panel.indices(self.contract.panel.markers), self.fabric
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        residency = choose_residency(self.config.residency, store, len(cells), len(channels), fabric.device, processes)
+        size = sum(map(len, cells.values())), len(channels)
+        residency = choose_residency(self.config.residency, store, *size, fabric.device, processes)
         return Feed(
-            store, cells, channels, self.contract.normaliser, fabric.device, residency, self.config.batch_size,
-            self.experiment.seed, fabric.global_rank, fabric.world_size, self.config.balance, stained,
+            store, cells[part], channels, self.contract.normaliser, fabric.device, residency, self.config.batch_size,
+            self.experiment.seed, fabric.global_rank, fabric.world_size, self.config.balance, measured[cells[part]],
             self.config.accumulate, self.config.steps_per_epoch,
         )  # fmt: skip
 

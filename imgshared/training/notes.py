@@ -40,7 +40,7 @@ def refuse_ignored(config: TrainConfig, stages: Sequence[Stage]) -> None:
         Names the setting, why it has no effect and its default.
     """
     groups = (
-        (not any(any(stage.groups.values()) for stage in stages), "nothing is learnt by steps",
+        (not any(stage.learns for stage in stages), "nothing is learnt by steps",
          ("ema", "gradient_clip", "diverged")),
         (not any(stage.monitored and stage.epochs > 1 for stage in stages), "no held-out loss may end a stage",
          ("patience",)),

@@ -6,7 +6,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from imgshared import metrics
-from imgshared.evaluation.fidelity import FLOORS, FOLD, MOMENTS, SCORES, by_group, compare, summarise
+from imgshared.evaluation.fidelity import FLOORS, FOLD, MOMENTS, SCORES, _scores, by_group, compare, summarise
 from imgshared.evaluation.floors import Floors
 from imgshared.prediction.types import PredictedCells
 
@@ -79,6 +79,16 @@ def test_detail_is_a_geometric_mean_with_the_interval_of_the_logarithm():
         (1 / r["value"], 1 / r["high"], 1 / r["low"])
     )
     assert list(by_group(rows(detail, groups))["detail"]) == pytest.approx([1, 1, np.sqrt(2)])
+
+
+def test_a_constant_prediction_of_a_stain_that_is_not_has_a_correlation_of_0():
+    rng = np.random.default_rng(0)
+    real, guess = rng.random((4, 8, 8), np.float32), rng.random((4, 8, 8), np.float32)
+    guess[1], real[2], guess[3], real[3] = 0.5, 0.5, 0.5, 0.5
+    found = _scores(real, guess)["pearson"]
+    assert found[0] == pytest.approx(np.corrcoef(real[0].ravel(), guess[0].ravel())[0, 1])
+    assert found[1] == 0
+    assert np.isnan(found[2:]).all()  # of a flat real stain nothing can be said
 
 
 def test_a_flat_prediction_counts_as_without_detail_and_a_flat_real_stain_not_at_all():

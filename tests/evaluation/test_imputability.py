@@ -18,6 +18,7 @@ from imgshared.data.store import CellStore
 from imgshared.evaluation.collect import collect
 from imgshared.evaluation.floors import Floors
 from imgshared.evaluation.imputability import FILE, assess, imputability, shown, warnings_of, with_labels
+from imgshared.evaluation.judgeable import seen
 from imgshared.prediction import predict_cells
 from imgshared.types import InputError
 
@@ -132,6 +133,25 @@ def test_a_trained_run_knows_and_predict_warns(trained_run, toy, tmp_path):
     path.unlink()
     assert (trained_run.path / FILE).exists() is False
     assert warnings_of(trained_run, ["P1"]) == []
+
+
+def test_stains_of_equal_brightness_cannot_be_judged(trained_run):
+    path = trained_run.path / FILE
+    before = path.read_text() if path.exists() else None
+    even = imputability(table(np.full(N, 2.0), rng.normal(2, 1, N), marker="P1"), {"P1": 1000})
+    path.write_text(even.to_json(orient="records"))
+    assert "P1: in all validation cells it is equally bright" in warnings_of(trained_run, ["P1"])[0]
+    path.unlink() if before is None else path.write_text(before)
+
+
+@pytest.mark.parametrize("hidden", ["P1", "DNA"])
+def test_what_training_was_not_to_see_scores_and_calibrates_nothing(tiny, toy, tmp_path, hidden):
+    method, split = replace(tiny.method, latent_epochs=1, encoder_epochs=1), replace(tiny.split, val=("g2", "g3"))
+    smaller = replace(tiny, method=method, split=split, unstained={hidden: ("g3",)})
+    run = api.train(smaller, out=tmp_path / "run", console=Console(file=io.StringIO()))
+    groups = {row["marker"]: row["groups"] for row in json.loads((run.path / FILE).read_text())}
+    assert groups == ({"P1": 1, "P2": 2} if hidden == "P1" else {"P1": 1, "P2": 1})
+    assert not seen(run, toy)[toy.obs["group"] == "g3", run.panel.index(hidden)].any()
 
 
 def test_a_store_of_fewer_stains_showed_the_others_to_nobody(trained_run, toy, arrays, write_store, tmp_path):

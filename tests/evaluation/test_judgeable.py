@@ -13,7 +13,7 @@ from imgshared.config import EvaluateConfig, Experiment, RegressionConfig, dump,
 from imgshared.data.store import CellStore
 from imgshared.evaluation.calibrate import calibrate
 from imgshared.evaluation.imputability import FILE, assess, warnings_of
-from imgshared.evaluation.judgeable import judgeable, sampled, unpaired, with_sources
+from imgshared.evaluation.judgeable import judgeable, sampled, seen, unpaired, with_sources
 from imgshared.evaluation.refit import plan_folds
 from imgshared.prediction.trust import load_trust
 from imgshared.types import InputError
@@ -138,8 +138,8 @@ def test_a_method_with_other_sources_needs_these_and_chromatin(untrained, some):
     assert judgeable(run, some, every)[1:] == (68, 0)
     with pytest.raises(InputError, match=r"P2 is measured in 8 of 16 held-out cells, none of which shows P1.*and DNA"):
         judgeable(run, CellStore(some.path), np.arange(32, 48))
-    assert sampled(run, some, 3)[1].tolist() == sorted(sampled(run, some, 3)[1])
-    assert len(sampled(run, some, 3)[1]) == 3
+    assert sampled(run, some, seen(run, some), 3)[1].tolist() == sorted(sampled(run, some, seen(run, some), 3)[1])
+    assert len(sampled(run, some, seen(run, some), 3)[1]) == 3
 
 
 def test_a_fold_with_nothing_to_judge_is_refused_before_it_is_trained(translated, some):

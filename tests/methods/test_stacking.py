@@ -11,16 +11,20 @@ import torch
 from torch import Tensor
 
 from imgshared.methods.translator import Translator
-from imgshared.types import Batch
+from imgshared.types import Batch, Prediction
 
 DNA = 1
 Make = Callable[..., tuple[Translator, Batch]]
 FUSIONS = [{}, {"fusion": "product", "head": "laplace"}]
 
 
-def drawn(method: Translator, batch: Batch, given: Tensor, target: int) -> Tensor:
+def predicted(method: Translator, batch: Batch, given: Tensor, target: int) -> Prediction:
     with torch.no_grad():
-        return method.translate(batch.images, given & batch.measured, [target]).mean
+        return method.translate(batch.images, given & batch.measured, [target])
+
+
+def drawn(method: Translator, batch: Batch, given: Tensor, target: int) -> Tensor:
+    return predicted(method, batch, given, target).mean
 
 
 def only(*channels: int) -> Tensor:
@@ -93,3 +97,14 @@ def test_a_prediction_is_the_mixture_where_further_stains_stand_beside_chromatin
     method.stacking.fill_(1)
     assert torch.equal(own[[0, 3]], drawn(method, batch, measured, 0)[[0, 3]])  # what is given, it knows best itself
     assert not torch.equal(drawn(method, batch, only(0, DNA), 2)[0], mixed[0])
+
+
+def test_the_spread_is_that_of_the_mixture(make_translator: Make) -> None:
+    method, batch = make_translator({"head": "laplace"}, measured=torch.ones(4, 3, dtype=torch.bool))
+    alone, further = (predicted(method, batch, only(*given), 2).scale for given in ((DNA,), (0, DNA)))
+    assert alone is not None
+    assert further is not None
+    assert not torch.allclose(alone, further, rtol=1e-2)
+    for weight, expected in ((0.0, alone), (0.25, 0.75 * alone + 0.25 * further)):
+        method.stacking.fill_(weight)
+        torch.testing.assert_close(predicted(method, batch, only(0, DNA), 2).scale, expected)

@@ -23,7 +23,10 @@ def test_terms_of_pairs_are_refused_without_pairs(term: str, make_translator: Ma
         make_translator({"weights": {term: 0.1}}, measured=never_together)
     assert f"method.weights.{term} needs cells with two stains" in str(refused.value)
     assert "configs/translator_unpaired.yaml" in str(refused.value)
-    with pytest.raises(InputError, match="discriminator_sees_source needs cells that show chromatin and another"):
+    with pytest.raises(
+        InputError,
+        match=r"sees_source needs cells that show chromatin and another.*as configs/translator_unpaired.yaml",
+    ):
         make_translator({"weights": {"adversarial": 1.0}, "discriminator_sees_source": True}, measured=never_together)
 
 
@@ -79,7 +82,10 @@ def test_what_is_paired_shows_chromatin_and_another_stain(make_translator: Make)
     assert not method.stages[0].monitored
     terms = method.validate(batch)
     assert (set(terms.parts), terms.count) == ({"full"}, 15)
-    with pytest.raises(InputError, match="discriminator_sees_source needs cells that show chromatin and another"):
+    with pytest.raises(
+        InputError,
+        match=r"sees_source needs cells that show chromatin and another.*as configs/translator_unpaired.yaml",
+    ):
         make_translator({"weights": {"adversarial": 1.0}, "discriminator_sees_source": True}, measured=apart)
 
 

@@ -117,6 +117,20 @@ def test_intervals_of_stains_without_calibration_are_refused(trained_run, tmp_pa
         _trust(trained_run, PredictConfig(intervals=True), [1, 2])
 
 
+def test_predictions_that_are_no_numbers_are_refused(trained_run, toy, monkeypatch):
+    translate = trained_run.method.translate
+
+    def broken(*args):
+        found = translate(*args)
+        mean = found.mean.clone()
+        mean[-1, 0, 3, 4] = float("inf")
+        return replace(found, mean=mean)
+
+    monkeypatch.setattr(trained_run.method, "translate", broken)
+    with pytest.raises(InputError, match=r"best.safetensors predicts values that are no numbers"):
+        predict_cells(trained_run, toy, SHOWN)
+
+
 def test_latents_of_the_sources_alone_are_those_beside_the_stains_own(trained_run, toy):
     every = predict_cells(trained_run, toy, SHOWN)
     (alone,) = predict_batches(trained_run, toy, SHOWN, own_latents=False)

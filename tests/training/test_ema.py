@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import copy
+import io
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
+from imgshared import api
+from imgshared.config import Experiment
+from imgshared.training.devices import lay_out
 from imgshared.training.ema import Ema
 
 
@@ -40,6 +47,18 @@ def test_the_start_is_soon_forgotten() -> None:
     torch.testing.assert_close(ema.values["0.weight"], 0.1 * path[0] + 0.9 * path[1])
 
 
+def test_each_stage_forgets_the_start_of_what_it_trains(
+    tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(Ema, "update", lambda self, steps: told.append(steps))
+    averaged = replace(tiny, train=replace(tiny.train, ema=0.999))
+    api.train(averaged, out=tmp_path / "run", console=Console(file=io.StringIO()))
+    stage = len(told) // 2  # two stages of two epochs each
+    assert stage > 2
+    assert told == [*range(stage)] * 2
+
+
 def test_the_average_stands_in_for_the_weights_and_gives_way_again() -> None:
     module, ema, _ = walk(0.9, 5)
     module[1].running_mean.fill_(3.0)
@@ -60,6 +79,30 @@ def test_the_average_stands_in_for_the_weights_and_gives_way_again() -> None:
     assert all(torch.equal(value, average[name]) for name, value in ema.values.items())
     statistics = {"1.running_mean", "1.running_var"}  # those of the averaged weights, or nearly
     assert set(average) == {"0.weight", "0.bias", "1.weight", "1.bias", *statistics}
+
+
+def test_resumed_moments_lie_in_memory_as_their_weights_do() -> None:
+    torch.manual_seed(0)
+    module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    images = torch.rand(2, 3, 8, 8)
+
+    def stepped(optimizer: torch.optim.Adam) -> None:
+        optimizer.zero_grad()
+        module(images).square().mean().backward()
+        optimizer.step()
+
+    before = torch.optim.Adam(module.parameters())
+    stepped(before)
+    saved = before.state_dict()
+    flat = {k: {n: v.contiguous() for n, v in s.items()} for k, s in saved["state"].items()}
+    resumed = torch.optim.Adam(module.parameters())
+    resumed.load_state_dict({**saved, "state": flat})
+    lay_out(resumed)
+    for p in module.parameters():
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert resumed.state[p][name].stride() == before.state[p][name].stride() == p.stride()
+            assert torch.equal(resumed.state[p][name], before.state[p][name])
+        assert resumed.state[p]["step"] == 1
 
 
 def test_an_optimizer_goes_on_with_the_same_parameters() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch.optim import Adam
 
 from imgshared.config import Experiment, load
 from imgshared.data.feed import Feed
@@ -277,6 +278,37 @@ def test_a_game_that_swings_goes_on_and_a_growing_error_ends_it(
         scripted(patch, "adversarial", lambda step: 0.0 if step < 8 else float("nan"))
         with pytest.raises(Diverged, match="is not a number"):
             run(e, tmp_path / "nan")
+
+
+def test_what_is_no_number_on_held_out_cells_or_in_the_weights_ends_it(
+    toy_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    e = experiment(toy_path, "train.checkpoint_minutes=0")
+    validate, saved = Translator.validate, []
+
+    def changed(self: Translator, batch: Batch) -> LossTerms:
+        terms = validate(self, batch)
+        return LossTerms(terms.total * float("nan"), terms.parts) if self.progress > 0.5 else terms
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Translator, "validate", changed)
+        with pytest.raises(Diverged, match=r"on held-out cells is not a number in stage .*is kept: .*last"):
+            run(e, tmp_path / "held_out")
+    step = Adam.step
+
+    def broken(self: Adam, *args: Any) -> None:
+        step(self, *args)
+        saved.append(self.param_groups[0]["params"][-1])
+        if len(saved) > 2 * STEPS:  # two players
+            saved[-1].data.view(-1)[0] = float("inf")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Adam, "step", broken)
+        with pytest.raises(Diverged, match=r"\w+\.\w+.* of the model is not finite"):
+            run(e, tmp_path / "weights")
+    kept = tree(tmp_path / "weights", "last")
+    assert kept["position"]["total"] == STEPS
+    assert all(value.isfinite().all() for value in kept["model"].values())
 
 
 def test_terms_that_join_later_are_no_divergence(toy_path: Path, tmp_path: Path) -> None:
