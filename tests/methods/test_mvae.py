@@ -184,7 +184,7 @@ def test_each_stain_is_rebuilt_from_itself() -> None:
 
 
 def test_proteins_per_step_spares_proteins() -> None:
-    method, batch = make(proteins_per_step=1)
+    method, batch = make(proteins_per_step=1, subsets=1)
     calls: list[int] = []
     method.encoders["protein"].register_forward_hook(lambda m, i, o: calls.append(len(i[0])))
     method.loss(batch, "generator")
