@@ -79,7 +79,7 @@ def _beside(run: Run) -> str:
 
 def with_sources(run: Run, store: CellStore, cells: Rows) -> Rows:
     """Return those of some cells that show chromatin and what the method is bound to; there may be none."""
-    return cells[_measured(run, store, cells)[:, _needed(run)].all(1)]
+    return cells[_able(run, _measured(run, store, cells))]
 
 
 def seen(run: Run, store: CellStore) -> Shown:
@@ -92,7 +92,7 @@ def seen(run: Run, store: CellStore) -> Shown:
 def sampled(run: Run, store: CellStore, shown: Shown, limit: int) -> tuple[Rows, Rows]:
     """Draw at most so many training and validation cells that show the sources, each; there may be none."""
     parts, rng = run.split.assign(store.obs), np.random.default_rng(0)
-    able = shown[:, _needed(run)].all(1)
+    able = _able(run, shown)
     train, val = (np.sort(rng.permutation(np.flatnonzero((parts == part) & able))[:limit]) for part in ("train", "val"))
     return train, val
 
@@ -109,7 +109,7 @@ def unpaired(run: Run, store: CellStore, limit: int, seed: int = 0, shown: Shown
     """
     shown = _all_measured(run, store) if shown is None else shown
     train = run.split.assign(store.obs) == "train"
-    cells = draw(np.flatnonzero(train & ~shown[:, _needed(run)].all(1)), limit, seed)
+    cells = draw(np.flatnonzero(train & ~_able(run, shown)), limit, seed)
     if len(cells):
         channels, cpu = run.contract.check(store, ()), torch.device("cpu")
         feed = Feed(store, cells, channels, run.normaliser, cpu, "stream", BLOCK, stained=shown[cells])
@@ -119,6 +119,10 @@ def unpaired(run: Run, store: CellStore, limit: int, seed: int = 0, shown: Shown
 
 def _needed(run: Run) -> list[int]:
     return list(dict.fromkeys([run.panel.chromatin_index, *(run.method.sources or ())]))
+
+
+def _able(run: Run, shown: Shown) -> NDArray[np.bool_]:
+    return np.asarray(shown[:, _needed(run)].all(1))
 
 
 def _all_measured(run: Run, store: CellStore) -> Shown:
