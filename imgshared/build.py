@@ -153,6 +153,8 @@ def _refuse_ignored(config: MethodConfig) -> None:
             ignored = {"anneal": "method.beta=0"} if not config.beta else {}
             if config.proteins_per_step == 1:  # with chromatin two stains: no subset between one and all
                 ignored["subsets"] = "method.proteins_per_step=1"
+        case Pix2pixConfig(channels=(_,)):  # the last level is the output, which is never dropped
+            ignored = {"dropout": "one level of method.channels"}
         case _:
             return
     for name, reason in ignored.items():

@@ -70,6 +70,7 @@ def default(name: str) -> str:
         (["name=cyclegan", "cycle_weight=0"], "method.identity_weight is relative to method.cycle_weight"),
         (["name=mvae", "proteins_per_step=1", "subsets=5"], "method.subsets has no effect with method.proteins_per_"),
         (["name=translator", "weights={full: 0, shared: 0}", "rebuilt=0.5"], "method.rebuilt has no effect with meth"),
+        (["name=pix2pix", "channels=[4]", "dropout=0.1"], "method.dropout has no effect with one level of method.cha"),
         (["name=mvae", "beta=0", "anneal=0.5"], "method.anneal has no effect with method.beta=0"),
         (["name=translator", "fusion=product", "weights.full=0", "latent_noise=1"], "method.latent_noise has no eff"),
         (["name=translator", *(f"weights.{term}=0" for term in ("full", "shared", "cross"))], "method.weights: no te"),
