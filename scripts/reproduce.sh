@@ -15,8 +15,8 @@ PYTHON="$python" ./reproduce_evaluation.sh "$data" "$out"
 "$python" study_simulated.py "$out/simulated" --record "$out/results/simulated.json"
 "$python" study_translator_simulated.py "$out/translator_simulated" --record "$out/results"
 real=(study_translator_real.py "$data" "$out/translator_real" --record "$out/results")
-"$python" "${real[@]}" --parts bbbc013 unpaired imc_spleen --seeds 0
-"$python" "${real[@]}" --parts starts --seeds 0 1
+"$python" "${real[@]}" --parts bbbc013 unpaired --seeds 0
+"$python" "${real[@]}" --parts starts imc_spleen --seeds 0 1
 while read -r dataset seconds; do
   "$python" benchmark_methods.py "$data" "$out/methods_$dataset" --datasets "$dataset" --seconds "$seconds" \
     --record "$out/results" < /dev/null
