@@ -355,7 +355,9 @@ def test_regions_of_a_record_stay_while_their_settings_are_those_of_now(tmp_path
     path = tmp_path / "translator_imc_spleen.json"
     shutil.copy(SCRIPTS.parent / "benchmarks" / path.name, path)
     record = json.loads(path.read_text())
-    assert [one["region"] for one in study._kept(path)] == list(study.REGIONS)
+    assert study._kept(path) == record["regions"]  # what is published is by the script's settings of now
+    assert {one["region"] for one in record["regions"]} == set(study.REGIONS)
+    record["regions"] = [one for one in record["regions"] if one["seed"] == 0]
     older, other, unknown, newest = record["regions"]
     del older["settings"]["translator"]["train"]["accumulate"]  # as before there was such a setting
     other["settings"]["regression"]["method"]["epochs"] = 9
